@@ -1,0 +1,1 @@
+"""From files of groups to microbatches: records, token store, sampler, planner."""

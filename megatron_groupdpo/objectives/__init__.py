@@ -1,0 +1,1 @@
+"""Pure functions from scores to group losses, one per objective."""

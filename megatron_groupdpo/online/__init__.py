@@ -1,0 +1,1 @@
+"""Sampling from the policy, verifiers and rewards."""

@@ -1,0 +1,1 @@
+"""Reference log-probabilities, computed once and kept on disk."""

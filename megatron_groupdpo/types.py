@@ -1,0 +1,157 @@
+"""The words of the project, as types, and the legend for shape suffixes.
+
+Shape legend, used in names and first comments everywhere (``scores_GK``):
+    G  groups of the global batch            K  responses of a group (padded to the largest group)
+    R  responses of the global batch, flat   B  rows of a microbatch
+    S  sequence positions                    T  selected token positions (the response tokens)
+    H  hidden size                           V  vocabulary (local shard under tensor parallelism)
+
+A *value* is what the data say about a response (a reward, a rating, a negated rank): higher is better.
+A *score* is what the policy says: ``s = beta * (log pi - log pi_ref)``. The two are never mixed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+POSITIVE, NEGATIVE, PADDING = 1, -1, 0
+"""Labels of a response inside a group; 0 marks a cell of a padded [G, K] array that holds no response."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One chat turn."""
+
+    role: str
+    content: str
+
+
+Text = str | tuple[Message, ...]
+"""Plain text, or chat messages in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseRecord:
+    """One response as a file gives it. ``None`` means the file does not say."""
+
+    text: Text
+    value: float | None = None
+    """Reward or rating, higher is better. A rank r (1 is best) is stored as ``-r``."""
+    label: int | None = None
+    """+1 positive, -1 negative."""
+    ref_logp: float | None = None
+    """Summed log-probability under the reference, if the file carries it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRecord:
+    """One prompt with its responses, as a file gives it."""
+
+    prompt: Text
+    responses: tuple[ResponseRecord, ...]
+    where: str
+    """``file:line`` (or ``file:row`` for columnar files), for error messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSample:
+    """One tokenized group, read from a token store.
+
+    All arrays have K rows, one per response, in the order of the file.
+    """
+
+    group_id: int
+    """Row of the group in its store."""
+    first_response_id: int
+    """Row of response 0 in the store's flat response table; response k has ``first_response_id + k``."""
+    prompt_tokens: np.ndarray
+    """[P] int32."""
+    response_tokens: tuple[np.ndarray, ...]
+    """K arrays [L_k] int32, the end token included; every one of these tokens is trained on, unless masked."""
+    response_masks: tuple[np.ndarray | None, ...]
+    """K arrays [L_k] bool, False where a token is context (another speaker's turn); None: all True."""
+    labels_K: np.ndarray
+    """[K] int8: +1 or -1."""
+    values_K: np.ndarray
+    """[K] float32; NaN where the data give no value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseRow:
+    """The unit of work: one response with its prompt, ready to be placed in a microbatch."""
+
+    index: int
+    """Position in the flat [R] order of the global batch."""
+    tokens_S: np.ndarray
+    """[S] int32: prompt then response."""
+    target_positions_T: np.ndarray
+    """[T] int64: positions t >= 1 in ``tokens_S`` whose token's log-probability counts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupBatch:
+    """A global batch: the same object on every rank, built from the seed and ``consumed_groups`` alone."""
+
+    rows: tuple[ResponseRow, ...]
+    """[R] responses that get a pass."""
+    flat_index_GK: torch.Tensor
+    """[G, K] int64: position of the response in the flat order; -1 in padding cells."""
+    labels_GK: torch.Tensor
+    """[G, K] int8: +1, -1, 0."""
+    values_GK: torch.Tensor
+    """[G, K] float64; NaN where absent."""
+    response_ids_R: torch.Tensor
+    """[R] int64: rows of the store's response table (the key into a reference store)."""
+    num_tokens_R: torch.Tensor
+    """[R] int64: counted response tokens ``|y|``."""
+
+    @property
+    def num_groups(self) -> int:
+        """G."""
+        return self.labels_GK.shape[0]
+
+    @property
+    def num_responses(self) -> int:
+        """R."""
+        return len(self.rows)
+
+    def to_groups(self, per_response_R: torch.Tensor, *, fill: float = 0.0) -> torch.Tensor:
+        """Arrange a flat [R] vector as [G, K], with ``fill`` in the padding cells."""
+        if per_response_R.numel() == 0:
+            return torch.full(
+                self.flat_index_GK.shape, fill, dtype=per_response_R.dtype, device=per_response_R.device
+            )
+        index_GK = self.flat_index_GK.to(per_response_R.device)
+        gathered_GK = per_response_R[index_GK.clamp_min(0)]
+        return torch.where(index_GK >= 0, gathered_GK, torch.full_like(gathered_GK, fill))
+
+    def to_flat(self, per_cell_GK: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`to_groups`: the [R] vector of the cells that hold a response."""
+        index_GK = self.flat_index_GK.to(per_cell_GK.device)
+        flat_R = per_cell_GK.new_zeros(self.num_responses)
+        held_GK = index_GK >= 0
+        flat_R[index_GK[held_GK]] = per_cell_GK[held_GK]
+        return flat_R
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """What one call of the model sees: some responses, padded to [B, S], or packed to [1, S]."""
+
+    tokens_BS: torch.Tensor
+    """[B, S] int64."""
+    position_ids_BS: torch.Tensor
+    """[B, S] int64; restarts at 0 at every packed response."""
+    hidden_positions_T: torch.Tensor
+    """[T] int64: indices into the model's hidden states flattened from [S, B]; state t predicts token t+1."""
+    targets_T: torch.Tensor
+    """[T] int64: the tokens predicted there."""
+    owners_T: torch.Tensor
+    """[T] int64: flat index (R) of the response each token belongs to."""
+    cu_seqlens: torch.Tensor | None = None
+    """[n+1] int32 boundaries of packed responses; None when padded."""
+    num_responses: int = field(default=0)
+    """Responses in it; 0 marks a zero-weight microbatch that only fills the schedule."""
