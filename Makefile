@@ -1,0 +1,37 @@
+# Every target starts from a bare clone: `setup` makes .venv and returns at once when it is up to date.
+SHELL := /bin/sh
+VENV := .venv/bin
+# One thread a process: the multi-rank tests start several, and more would fight over the cores.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Extra words for the demo or for pytest: make demo ARGS="--seed 1", make test ARGS="-k loss -x"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test test-slow test-gpu clean
+
+help:  ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## Make .venv and install the package into it (EXTRAS=dev,bench PYTHON=... to choose)
+	@tools/setup.sh
+
+demo: setup  ## Train a small model from groups of responses, end to end, and show before and after
+	@$(VENV)/python examples/demo/run.py $(ARGS)
+
+check: setup  ## Format, lint and types
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+	$(VENV)/pyright
+
+test: setup check  ## check, then the unit tests and the multi-rank CPU tests
+	$(TEST_ENV) $(VENV)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-slow: setup  ## The full product of cases
+	$(TEST_ENV) $(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: setup  ## The tests that need a CUDA device
+	$(TEST_ENV) $(VENV)/python -m pytest -m gpu $(ARGS)
+
+clean:  ## Remove .venv, caches and build leftovers (runs/ stays)
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

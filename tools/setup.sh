@@ -1,0 +1,51 @@
+#!/bin/sh
+# Make .venv with the package and its extras in it, or return at once when that is already done.
+#
+#   EXTRAS=dev,bench tools/setup.sh           other extras (default: dev)
+#   PYTHON=/path/to/python3.13 tools/setup.sh this Python (default: see find_python.sh)
+#
+# `.venv/.installed` says what was installed: this folder, the interpreter, the extras, and a digest of
+# pyproject.toml and the constraints. It is removed before an install and written after, so an
+# interrupted one is never taken for a finished one.
+set -eu
+cd "$(dirname "$0")/.."
+root=$(pwd -P)
+extras=${EXTRAS:-dev}
+stamp=.venv/.installed
+
+# Version and home of an interpreter; empty when it does not run, as after its pyenv version was removed.
+identity() {
+    "$1" -c 'import sys; print("%d.%d.%d %s" % (*sys.version_info[:3], sys.base_prefix))' 2>/dev/null || true
+}
+wanted() {
+    printf '%s\n%s\n%s\n' "$root" "$(identity .venv/bin/python)" "$extras"
+    cat pyproject.toml requirements/constraints.txt | cksum
+}
+# pip answers last when an environment is made, and with its path: an environment moved or copied from
+# another folder answers with the other one.
+venv_is_whole() {
+    case "$(identity .venv/bin/python)" in 3.1[2-9].*) ;; *) return 1 ;; esac
+    case "$(.venv/bin/pip --version 2>/dev/null)" in *" $root/.venv/"*) ;; *) return 1 ;; esac
+}
+
+python=
+if [ -n "${PYTHON:-}" ] || ! venv_is_whole; then
+    python=$(tools/find_python.sh)
+fi
+if ! venv_is_whole || { [ -n "$python" ] && [ "$(identity "$python")" != "$(identity .venv/bin/python)" ]; }; then
+    echo "Making .venv with $python ($("$python" --version))"
+    rm -f "$stamp"
+    "$python" -m venv --clear .venv
+fi
+if [ "$(wanted)" = "$(cat "$stamp" 2>/dev/null)" ]; then
+    exit 0
+fi
+
+echo "Installing the package with [$extras]: PyTorch with CUDA is about 3 GB to fetch; minutes the first time"
+rm -f "$stamp"
+.venv/bin/python -m pip install --disable-pip-version-check --no-input \
+    -c requirements/constraints.txt -e ".[$extras]"
+.venv/bin/python -c 'import torch, megatron_groupdpo'
+wanted > "$stamp.part"
+mv "$stamp.part" "$stamp"
+echo "Ready: $root/.venv/bin/python"
