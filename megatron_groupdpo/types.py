@@ -2,7 +2,8 @@
 
 Shape legend, used in names and first comments everywhere (``scores_GK``):
     G  groups of the global batch            K  responses of a group (padded to the largest group)
-    R  responses of the global batch, flat   B  rows of a microbatch
+    R  responses of the global batch, flat   r  responses of one microbatch
+    B  rows of a microbatch
     S  sequence positions                    T  selected token positions (the response tokens)
     H  hidden size                           V  vocabulary (local shard under tensor parallelism)
 
@@ -12,7 +13,7 @@ A *score* is what the policy says: ``s = beta * (log pi - log pi_ref)``. The two
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -150,8 +151,8 @@ class Microbatch:
     targets_T: torch.Tensor
     """[T] int64: the tokens predicted there."""
     owners_T: torch.Tensor
-    """[T] int64: flat index (R) of the response each token belongs to."""
+    """[T] int64: which of ``responses_r`` each token belongs to."""
+    responses_r: torch.Tensor
+    """[r] int64: flat indices (R) of the responses in it; empty in a microbatch that only fills the schedule."""
     cu_seqlens: torch.Tensor | None = None
     """[n+1] int32 boundaries of packed responses; None when padded."""
-    num_responses: int = field(default=0)
-    """Responses in it; 0 marks a zero-weight microbatch that only fills the schedule."""

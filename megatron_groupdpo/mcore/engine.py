@@ -1,0 +1,191 @@
+"""The two passes on Megatron-Core's pipeline schedules.
+
+Scaling. Megatron's schedules and gradient buffers rescale by default: a 2-tuple from the loss function is
+multiplied by the context-parallel size and divided by the number of microbatches, and gradients are averaged over
+data-parallel ranks (megatron/core/pipeline_parallel/schedules.py, ``forward_step_calc_loss``). With
+``calculate_per_token_loss`` and a 3-tuple none of that happens, and gradients are summed; the division by a token
+count that Megatron would do at the end is skipped by :func:`_finalize_without_rescaling`. So what the step gets is the
+plain sum over responses, and every 1/B is in the coefficients, where the formulas put it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_groupdpo.engine import ResponseWeights
+from megatron_groupdpo.mcore.logprobs import selected_logprobs
+from megatron_groupdpo.mcore.setup import Ranks
+from megatron_groupdpo.types import Microbatch
+
+
+def _finalize_without_rescaling(model: list[Any], _num_tokens: Any = None, **kwargs: Any) -> None:
+    finalize_model_grads(model, None, **kwargs)
+
+
+class MegatronEngine:
+    """Implements :class:`megatron_groupdpo.engine.Engine` on this rank's model chunks."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        config: TransformerConfig,
+        ranks: Ranks,
+        *,
+        vocab_size: int,
+        log_probs_chunk_size: int,
+    ) -> None:
+        self.chunks = list(chunks)
+        self.config = config
+        self.ranks = ranks
+        self.vocab_size = vocab_size
+        self.log_probs_chunk_size = log_probs_chunk_size
+        if isinstance(self.chunks[0], DistributedDataParallel):
+            config.finalize_model_grads_func = _finalize_without_rescaling
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            # The schedule holds back the gradient reduction until the last microbatch of each chunk.
+            config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def score(self, microbatches: Sequence[Microbatch], num_responses: int) -> Tensor | None:
+        """See :class:`Engine`. One pipelined forward-only schedule call over all microbatches."""
+        with torch.no_grad():
+            parts = self._run(microbatches, _collect, forward_only=True)
+        return self._gather(parts, num_responses)
+
+    def backward(
+        self, microbatches: Sequence[Microbatch], num_responses: int, weights: ResponseWeights | None
+    ) -> Tensor | None:
+        """See :class:`Engine`. One forward-backward schedule call; each response is a weighted likelihood."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()  # type: ignore[operator]
+        parts = self._run(
+            microbatches, _WeightedLogProbs(weights, cp_group=self.ranks.cp_group), forward_only=False
+        )
+        return self._gather(parts, num_responses)
+
+    def _run(
+        self, microbatches: Sequence[Microbatch], loss_of: Callable[..., Any], *, forward_only: bool
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Drive Megatron's schedule; on the last stage, (responses_r, logps_r) per microbatch."""
+        assert microbatches, "a schedule needs at least one microbatch"
+        iterators: list[Iterator[Microbatch]] = [iter(microbatches) for _ in self.chunks]
+        shape_BS = microbatches[0].tokens_BS.shape
+
+        def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+            microbatch = next(iterator)
+            return self._forward(chunk, microbatch), lambda output, **kw: loss_of(microbatch, output, **kw)
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks,
+            num_microbatches=len(microbatches),
+            seq_length=shape_BS[1],
+            micro_batch_size=shape_BS[0],
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _forward(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
+        device = self.ranks.device
+        packed = None
+        if microbatch.cu_seqlens is not None:
+            bounds = microbatch.cu_seqlens.to(device)
+            longest = int((microbatch.cu_seqlens[1:] - microbatch.cu_seqlens[:-1]).max())
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=bounds,
+                cu_seqlens_kv=bounds,
+                max_seqlen_q=longest,
+                max_seqlen_kv=longest,
+            )
+        return chunk(
+            input_ids=microbatch.tokens_BS.to(device, non_blocking=True),
+            position_ids=microbatch.position_ids_BS.to(device, non_blocking=True),
+            attention_mask=None,
+            packed_seq_params=packed,
+            output_processor=self._select_logprobs,
+            output_processor_context=microbatch,
+        )
+
+    def _select_logprobs(
+        self,
+        *,
+        hidden_states: Tensor,
+        output_layer: Any,
+        output_weight: Tensor | None,
+        context: Microbatch,
+        **_: Any,
+    ) -> Tensor:
+        """Megatron's hook before the output layer: hidden states [S, B, H] to log-probabilities [T]."""
+        tp_group = self.ranks.tp_group
+        # Both regions sum the hidden gradient over tensor-parallel ranks, each of which has its vocabulary's part.
+        if self.config.sequence_parallel:
+            hidden_SBH = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        else:
+            hidden_SBH = copy_to_tensor_model_parallel_region(hidden_states)
+        positions_T = context.hidden_positions_T.to(hidden_SBH.device)
+        return selected_logprobs(
+            hidden_SBH.flatten(0, 1).index_select(0, positions_T),
+            output_layer.weight if output_weight is None else output_weight,
+            context.targets_T.to(hidden_SBH.device),
+            vocab_size=self.vocab_size,
+            chunk_size=self.log_probs_chunk_size,
+            tp_group=tp_group,
+        )
+
+    def _gather(self, parts: list[tuple[Tensor, Tensor]], num_responses: int) -> Tensor | None:
+        """Put the log-probabilities of this rank's microbatches, and of all data-parallel ranks, in flat order."""
+        if not self.ranks.is_last_stage:
+            return None
+        logps_R = torch.zeros(num_responses, dtype=torch.float64, device=self.ranks.device)
+        for responses_r, logps_r in parts:
+            logps_R.index_add_(0, responses_r, logps_r)
+        # Every response is on one data-parallel rank and split over the context-parallel ones: a sum serves both.
+        if self.ranks.dp_cp_group.size() > 1:
+            dist.all_reduce(logps_R, group=self.ranks.dp_cp_group)
+        return logps_R
+
+
+def _sum_per_response(microbatch: Microbatch, logps_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Flat indices [r] and summed log-probabilities [r] (float64) of the microbatch's responses."""
+    responses_r = microbatch.responses_r.to(logps_T.device)
+    owners_T = microbatch.owners_T.to(logps_T.device)
+    zeros_r = torch.zeros(responses_r.numel(), dtype=torch.float64, device=logps_T.device)
+    return responses_r, zeros_r.index_add(0, owners_T, logps_T.double())
+
+
+def _collect(microbatch: Microbatch, logps_T: Tensor, non_loss_data: bool) -> tuple[Tensor, Tensor]:
+    """Loss function of the scoring pass: nothing to lose, hand the log-probabilities over."""
+    assert non_loss_data
+    return _sum_per_response(microbatch, logps_T)
+
+
+class _WeightedLogProbs:
+    """Loss function of the backward pass: ``sum_r weight_r * logp_r``, one scalar per response."""
+
+    def __init__(self, weights: ResponseWeights | None, *, cp_group: dist.ProcessGroup) -> None:
+        self.weights = weights
+        self.cp_group = cp_group
+
+    def __call__(self, microbatch: Microbatch, logps_T: Tensor) -> Any:
+        assert self.weights is not None, "the last stage has the coefficients"
+        responses_r, logps_r = _sum_per_response(microbatch, logps_T)
+        whole_r = logps_r.detach().clone()
+        if self.cp_group.size() > 1:
+            dist.all_reduce(whole_r, group=self.cp_group)
+        surrogate = (self.weights(responses_r, whole_r) * logps_r).sum().float()
+        no_count = torch.zeros((), dtype=torch.int, device=logps_T.device)
+        return surrogate, no_count, (responses_r, logps_r.detach())

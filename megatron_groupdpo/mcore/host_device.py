@@ -1,0 +1,138 @@
+"""Stand-in for the CUDA device, so that real Megatron-Core runs on a CPU with gloo.
+
+Megatron-Core 0.19 asks for ``torch.cuda`` in places that have nothing to do with computing (the current device,
+streams, RNG state) and names ``device="cuda"`` in factory calls. :func:`activate` answers those from the host. It is
+called once, before Megatron builds anything, and only when the run's device is the CPU; on a CUDA run nothing of
+this module is active.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
+_active = False
+
+
+class _HostStream:
+    """A stream on a machine that has one queue: every wait is already over."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event
+
+
+def _is_cuda(device: Any) -> bool:
+    # A bare int names a CUDA device in torch's factories.
+    return (
+        (isinstance(device, int) and not isinstance(device, bool))
+        or (isinstance(device, str) and device.startswith("cuda"))
+        or (isinstance(device, torch.device) and device.type == "cuda")
+    )
+
+
+def _on_host(factory: Any) -> Any:
+    @functools.wraps(factory)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return build
+
+
+def is_active() -> bool:
+    """Whether the stand-in is in force in this process."""
+    return _active
+
+
+def activate() -> None:
+    """Put the stand-in in force for the rest of the process. Calling it again does nothing."""
+    global _active
+    if _active:
+        return
+    _active = True
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: _CPU
+    cuda.synchronize = lambda *_args, **_kwargs: None
+    cuda.empty_cache = lambda: None
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    cuda.get_rng_state = lambda *_args, **_kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_args, **_kwargs: torch.set_rng_state(state)
+    cuda.Stream = _HostStream
+    cuda.current_stream = lambda *_args, **_kwargs: _HostStream()
+    cuda.default_stream = lambda *_args, **_kwargs: _HostStream()
+    cuda.stream = lambda _stream: contextlib.nullcontext()
+    for name in _FACTORIES:
+        setattr(torch, name, _on_host(getattr(torch, name)))
+    _patch_tensor_methods()
+    _patch_rng_tracker()
+    # Megatron decorates its pointwise kernels with torch.compile, which on a host would call a C++ compiler.
+    torch.compiler.set_stance("force_eager")
+
+
+def _patch_tensor_methods() -> None:
+    tensor: Any = torch.Tensor
+    plain_type, plain_to = tensor.type, tensor.to
+
+    def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Megatron's optimizers sort parameters by the string "torch.cuda.FloatTensor".
+        answer = plain_type(self, *args, **kwargs)
+        if isinstance(answer, str) and self.device.type == "cpu":
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        args = tuple(_CPU if _is_cuda(a) else a for a in args)
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return plain_to(self, *args, **kwargs)
+
+    tensor.type = type_as_on_cuda
+    tensor.to = to
+    tensor.cuda = lambda self, *_args, **_kwargs: self
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
+
+
+def _patch_rng_tracker() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    megatron_random._get_cuda_rng_state = get_state
+    megatron_random._set_cuda_rng_state = set_state

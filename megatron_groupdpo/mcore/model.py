@@ -1,0 +1,193 @@
+"""Megatron-Core's GPTModel from a :class:`ModelConfig`: the only place that builds a model.
+
+Megatron-Core 0.19 announces ``HybridModel`` as the successor of ``GPTModel``; that switch would be made here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.errors import ConfigError
+from megatron_groupdpo.mcore.attention import SdpaAttention
+from megatron_groupdpo.mcore.norm import norm_class
+
+# GPTModel warns on every construction that HybridModel will replace it; said once, in the docstring above.
+logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+
+_ACTIVATIONS: dict[str, Any] = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu-tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig
+) -> TransformerConfig:
+    """Megatron's configuration for this run.
+
+    ``calculate_per_token_loss`` is set so that nothing rescales the loss or the gradient: see ``engine.py``.
+
+    Raises:
+        ConfigError: Megatron refuses the combination; its reason is passed on.
+    """
+    pp = parallel.pipeline_model_parallel_size
+    dtype = torch.bfloat16 if precision.bf16 else torch.float32
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    try:
+        return TransformerConfig(
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            ffn_hidden_size=model.ffn_hidden_size,
+            num_attention_heads=model.num_attention_heads,
+            num_query_groups=model.num_query_groups,
+            kv_channels=model.kv_channels,
+            normalization=model.normalization,
+            layernorm_epsilon=model.norm_epsilon,
+            gated_linear_unit=model.swiglu,
+            activation_func=_ACTIVATIONS["silu" if model.swiglu else model.activation],
+            add_bias_linear=model.add_bias_linear,
+            add_qkv_bias=model.add_qkv_bias,
+            qk_layernorm=model.qk_layernorm,
+            init_method_std=model.init_method_std,
+            attention_dropout=0.0,
+            hidden_dropout=0.0,
+            attention_softmax_in_fp32=True,
+            persist_layer_norm=False,
+            bias_activation_fusion=False,
+            bias_dropout_fusion=False,
+            masked_softmax_fusion=False,
+            gradient_accumulation_fusion=False,
+            calculate_per_token_loss=True,
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            sequence_parallel=parallel.sequence_parallel,
+            params_dtype=dtype,
+            pipeline_dtype=dtype,
+            bf16=precision.bf16,
+            recompute_granularity=precision.recompute_granularity,
+            recompute_method=precision.recompute_method,
+            recompute_num_layers=precision.recompute_num_layers,
+            deterministic_mode=precision.deterministic_mode,
+            # Interleaved stages send forward and backward messages between the same two ranks; unless sends and
+            # receives are ordered one by one, messages mix at pipeline size 2.
+            overlap_p2p_comm=interleaved,
+            batch_p2p_comm=not interleaved,
+            use_cpu_initialization=False,
+            perform_initialization=False,
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"Megatron-Core refuses this model or layout: {error}") from error
+
+
+def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:
+    """Layers from Megatron-Core and PyTorch alone, with our norm and attention."""
+    norm = norm_class(model.normalization)
+    submodules = get_gpt_layer_local_submodules(
+        qk_layernorm=model.qk_layernorm, normalization=model.normalization
+    )
+    attention = submodules.self_attention
+    assert isinstance(attention, ModuleSpec)
+    replaced: dict[str, Any] = {"core_attention": SdpaAttention}
+    if model.qk_layernorm:
+        replaced |= {"q_layernorm": norm, "k_layernorm": norm}
+    submodules = dataclasses.replace(
+        submodules,
+        input_layernorm=norm,
+        pre_mlp_layernorm=norm,
+        self_attention=dataclasses.replace(
+            attention, submodules=dataclasses.replace(attention.submodules, **replaced)
+        ),
+        # Keys as the modules name them; the map only serves checkpoints shared with fused layers.
+        sharded_state_dict_keys_map={},
+    )
+    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel: int) -> int:
+    """Vocabulary rows after padding to a multiple of ``divisible_by * tensor_parallel``, Megatron's rule."""
+    multiple = divisible_by * tensor_parallel
+    return -(-vocab_size // multiple) * multiple
+
+
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: TransformerConfig,
+    *,
+    transformer_impl: str,
+) -> list[torch.nn.Module]:
+    """This rank's model chunks: one, or ``virtual_pipeline_model_parallel_size`` of them."""
+    assert model.vocab_size is not None, "the vocabulary size is filled in from the tokenizer before"
+    num_chunks = parallel.virtual_pipeline_model_parallel_size
+    chunks = []
+    for stage in range(num_chunks or 1):
+        vp_stage = stage if num_chunks else None
+        spec = (
+            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+            if transformer_impl == "transformer_engine"
+            else local_layer_spec(model, config, vp_stage)
+        )
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=padded_vocab_size(
+                model.vocab_size,
+                divisible_by=model.make_vocab_size_divisible_by,
+                tensor_parallel=parallel.tensor_model_parallel_size,
+            ),
+            max_sequence_length=model.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+            position_embedding_type=model.position_embedding_type,
+            rotary_percent=model.rotary_percent,
+            rotary_base=int(model.rotary_base),
+            vp_stage=vp_stage,
+        )
+        chunks.append(chunk.to(torch.cuda.current_device()))
+    return chunks
+
+
+def wrap_for_training(
+    chunks: list[torch.nn.Module],
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+) -> list[DistributedDataParallel]:
+    """Half-precision wrapper where asked, then Megatron's gradient buffers (float32, summed over the ranks)."""
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        average_in_collective=False,
+        check_for_nan_in_grad=False,  # scores and the gradient norm are checked, with a message, in the step
+    )
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]

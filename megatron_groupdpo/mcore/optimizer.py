@@ -1,0 +1,64 @@
+"""Megatron's optimizer and learning-rate schedule."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_groupdpo.config import OptimizerConfig as OptimizerOptions
+from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel],
+    options: OptimizerOptions,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+) -> MegatronOptimizer:
+    """Adam or SGD over the chunks' gradient buffers. Norms and biases get no weight decay (Megatron's rule)."""
+    config = OptimizerConfig(
+        optimizer=options.optimizer,
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        bf16=precision.bf16,
+        params_dtype=torch.bfloat16 if precision.bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        sgd_momentum=options.sgd_momentum,
+        clip_grad=options.clip_grad,
+    )
+    return get_megatron_optimizer(config, list(chunks))
+
+
+def build_lr_schedule(
+    optimizer: MegatronOptimizer, options: OptimizerOptions, *, total_groups: int, groups_per_step: int
+) -> OptimizerParamScheduler:
+    """Warm-up then decay, counted in groups.
+
+    Args:
+        total_groups: groups the run will consume.
+        groups_per_step: the global batch size.
+    """
+    decay_steps = total_groups if options.lr_decay_iters is None else options.lr_decay_iters * groups_per_step
+    if options.lr_warmup_fraction is not None:
+        warmup_steps = int(options.lr_warmup_fraction * decay_steps)
+    else:
+        warmup_steps = options.lr_warmup_iters * groups_per_step
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=decay_steps,
+        wd_incr_style="constant",
+    )
