@@ -5,8 +5,8 @@
 #   PYTHON=/path/to/python3.13 tools/setup.sh this Python (default: see find_python.sh)
 #
 # `.venv/.installed` says what was installed: this folder, the interpreter, the extras, and a digest of
-# pyproject.toml and the constraints. It is removed before an install and written after, so an
-# interrupted one is never taken for a finished one.
+# pyproject.toml and the constraints. It is removed before an install and written after; an install that
+# was killed leaves `.venv/.installing` behind, and then everything is made anew.
 set -eu
 cd "$(dirname "$0")/.."
 root=$(pwd -P)
@@ -24,6 +24,7 @@ wanted() {
 # pip answers last when an environment is made, and with its path: an environment moved or copied from
 # another folder answers with the other one.
 venv_is_whole() {
+    [ ! -e .venv/.installing ] || return 1
     case "$(identity .venv/bin/python)" in 3.1[2-9].*) ;; *) return 1 ;; esac
     case "$(.venv/bin/pip --version 2>/dev/null)" in *" $root/.venv/"*) ;; *) return 1 ;; esac
 }
@@ -34,8 +35,9 @@ if [ -n "${PYTHON:-}" ] || ! venv_is_whole; then
 fi
 if ! venv_is_whole || { [ -n "$python" ] && [ "$(identity "$python")" != "$(identity .venv/bin/python)" ]; }; then
     echo "Making .venv with $python ($("$python" --version))"
-    rm -f "$stamp"
-    "$python" -m venv --clear .venv
+    rm -f .venv/bin/python* "$stamp"  # first, so that a removal cut short is not taken for an environment
+    rm -rf .venv
+    "$python" -m venv .venv
 fi
 if [ "$(wanted)" = "$(cat "$stamp" 2>/dev/null)" ]; then
     exit 0
@@ -43,9 +45,14 @@ fi
 
 echo "Installing the package with [$extras]: PyTorch with CUDA is about 3 GB to fetch; minutes the first time"
 rm -f "$stamp"
-.venv/bin/python -m pip install --disable-pip-version-check --no-input \
-    -c requirements/constraints.txt -e ".[$extras]"
+: > .venv/.installing
+if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input \
+    -c requirements/constraints.txt -e ".[$extras]"; then
+    rm -f .venv/.installing  # pip failed by itself, and puts back what it had replaced
+    exit 1
+fi
 .venv/bin/python -c 'import torch, megatron_groupdpo'
+rm -f .venv/.installing
 wanted > "$stamp.part"
 mv "$stamp.part" "$stamp"
 echo "Ready: $root/.venv/bin/python"

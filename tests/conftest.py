@@ -1,0 +1,51 @@
+"""What every test may ask for: real data where the machine has them, and skips that say why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@cache
+def _why_no_gpu() -> str | None:
+    import torch
+
+    if torch.cuda.is_available():
+        return None
+    build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    return f"no CUDA device (torch {torch.__version__}, {build})"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Callable[[str], Path]:
+    """``real_data("gsm8k_test.jsonl")``: the path of a real data set, or a skip.
+
+    The files are not part of the repository; they are looked for in GROUPDPO_DATA_DIR, by default
+    ``../shared/data`` beside the checkout.
+    """
+    named = os.environ.get("GROUPDPO_DATA_DIR")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+
+    def path_or_skip(name: str) -> Path:
+        path = folder / name
+        if not path.is_file():
+            pytest.skip(f"real data absent: {name} is not in {folder} (set GROUPDPO_DATA_DIR)")
+        return path
+
+    return path_or_skip
