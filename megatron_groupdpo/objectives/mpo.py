@@ -1,0 +1,38 @@
+"""mpo: the share of the group's softmax mass that lies on the positives.
+
+    phi(s) = LSE_all(s) - LSE_P(s) = -log sigma(LSE_P(s) - LSE_N(s))
+
+The right-hand form is computed: it keeps its precision where the two LSE nearly agree.
+Source: GroupDPO, arXiv 2604.15602; the unweighted form of arXiv 2412.04628.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from megatron_groupdpo.objectives.base import (
+    Groups,
+    NoHyperparameters,
+    Objective,
+    all_members,
+    has_both_sides,
+    masked_logsumexp,
+)
+
+
+def mpo_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:
+    """Loss [G]."""
+    positive_G = masked_logsumexp(scores_GK, groups.positives_GK)
+    return -logsigmoid(positive_G - masked_logsumexp(scores_GK, groups.negatives_GK))
+
+
+MPO = Objective(
+    name="mpo",
+    hyperparameters=NoHyperparameters,
+    used=all_members,
+    active=has_both_sides,
+    loss=mpo_loss,
+    equation="LSE_all(s) - LSE_P(s)",
+    source="GroupDPO, arXiv 2604.15602",
+)

@@ -1,0 +1,45 @@
+"""plackett_luce: the likelihood of the whole ranking by value.
+
+    phi(s) = -sum_k [s_tau(k) - LSE_{j >= k} s_tau(j)],  tau from best to worst value
+
+Source: DPO, arXiv 2305.18290, appendix A.3, Eq. 20. The model has no ties: equal values are put in the order
+of their tie keys, then of their columns. Labels are not read (they choose the responses of the NLL term).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from megatron_groupdpo.objectives.base import (
+    Groups,
+    NoHyperparameters,
+    Objective,
+    has_distinct_values,
+    ranks,
+    valued_members,
+)
+
+
+def plackett_luce_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:
+    """Loss [G]."""
+    members_GK = groups.members_GK
+    rank_GK = ranks(members_GK, groups.values_GK.nan_to_num(nan=0.0), groups.tie_keys_GK)
+    remaining_GKK = (rank_GK[:, None, :] >= rank_GK[:, :, None]) & members_GK[:, None, :]
+    # A padding cell's own row would be an LSE over nothing, NaN in the backward: it keeps itself.
+    remaining_GKK = remaining_GKK | (~members_GK)[:, :, None]
+    remaining_GK = scores_GK[:, None, :].masked_fill(~remaining_GKK, -math.inf).logsumexp(2)
+    return (remaining_GK - scores_GK).masked_fill(~members_GK, 0.0).sum(1)
+
+
+PLACKETT_LUCE = Objective(
+    name="plackett_luce",
+    hyperparameters=NoHyperparameters,
+    used=valued_members,
+    active=has_distinct_values,
+    loss=plackett_luce_loss,
+    needs_values=True,
+    equation="-sum_k [s_tau(k) - LSE_{j>=k} s_tau(j)], tau best to worst",
+    source="DPO, arXiv 2305.18290, appendix A.3, Eq. 20",
+)

@@ -1,0 +1,38 @@
+"""softmax: every positive on its own against all negatives.
+
+    phi(s) = (1/P) sum_p [LSE(s_p, s_N) - s_p] = (1/P) sum_p -log sigma(s_p - LSE_N(s))
+
+Source: GroupDPO, arXiv 2604.15602.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from megatron_groupdpo.objectives.base import (
+    Groups,
+    NoHyperparameters,
+    Objective,
+    all_members,
+    has_both_sides,
+    masked_logsumexp,
+    masked_mean,
+)
+
+
+def softmax_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:
+    """Loss [G]."""
+    negative_G = masked_logsumexp(scores_GK, groups.negatives_GK)
+    return masked_mean(-logsigmoid(scores_GK - negative_G[:, None]), groups.positives_GK)
+
+
+SOFTMAX = Objective(
+    name="softmax",
+    hyperparameters=NoHyperparameters,
+    used=all_members,
+    active=has_both_sides,
+    loss=softmax_loss,
+    equation="(1/P) sum_p [LSE(s_p, s_N) - s_p]",
+    source="GroupDPO, arXiv 2604.15602",
+)
