@@ -15,8 +15,9 @@ PACKAGE = ROOT / NAME
 # Lowest first; the names of one row may import each other. Any other top-level module is an entry point,
 # above them all.
 LAYERS = (
-    ("", "types", "errors", "config", "engine"),
+    ("", "types", "errors", "engine"),
     ("objectives",),
+    ("config",),  # knows the objectives' names and refuses an option that the chosen one does not use
     ("mcore",),
     ("data",),
     ("step",),

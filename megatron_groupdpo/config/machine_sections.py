@@ -1,0 +1,111 @@
+"""Sections that say what runs and on which layout: model, parallel, precision. The field docs are the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_groupdpo.config.bounds import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The model. Names, meanings and defaults are Megatron's, except that dropout is 0."""
+
+    num_layers: PositiveInt
+    """Transformer layers."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    ffn_hidden_size: PositiveInt | None = None
+    """Width of the MLP (of each half with --swiglu); none: 4 x hidden_size."""
+    num_query_groups: PositiveInt | None = None
+    """Key-value heads, for grouped-query attention; none: one per query head."""
+    kv_channels: PositiveInt | None = None
+    """Width of a head; none: hidden_size / num_attention_heads."""
+    max_position_embeddings: PositiveInt = 4096
+    """Longest sequence the model has positions for; rows of the table with learned_absolute."""
+    position_embedding_type: Literal["rope", "learned_absolute"] = "learned_absolute"
+    """How positions enter the model."""
+    rotary_base: PositiveInt = 10000
+    """Base of the rotary frequencies (rope only)."""
+    rotary_percent: Fraction = 1.0
+    """Share of a head's channels that is rotated (rope only)."""
+    normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
+    """Kind of norm, throughout the model."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the variance in every norm."""
+    swiglu: bool = False
+    """Gated MLP with silu."""
+    activation: Literal["gelu", "gelu-tanh", "relu", "silu"] = "gelu"
+    """Activation of the MLP without --swiglu."""
+    add_bias_linear: bool = True
+    """Biases in the linear layers (Megatron's --disable-bias-linear is --no-add-bias-linear)."""
+    add_qkv_bias: bool = False
+    """Biases in the query, key and value projections even where add_bias_linear is off."""
+    qk_layernorm: bool = False
+    """Norm on each head's queries and keys."""
+    untie_embeddings_and_output_weights: bool = False
+    """Give the output layer weights of its own, instead of the embedding's."""
+    make_vocab_size_divisible_by: PositiveInt = 128
+    """The vocabulary is padded to a multiple of this times tensor_model_parallel_size."""
+    vocab_size: PositiveInt | None = None
+    """Real vocabulary size, without padding; none: the tokenizer's."""
+    init_method_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    attention_dropout: NonNegativeFloat = 0.0
+    """Must be 0: scores and gradients come from two passes, which must see one function."""
+    hidden_dropout: NonNegativeFloat = 0.0
+    """Must be 0: scores and gradients come from two passes, which must see one function."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layers from Megatron-Core and PyTorch, or from Transformer Engine; auto: the latter where it is installed
+    and the device is CUDA."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """The layout. Data-parallel size is world size / (tensor x pipeline x context)."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Pipeline stages."""
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks per pipeline stage (interleaved schedule); none: one, not interleaved."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of a mixture."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel ranks."""
+    use_distributed_optimizer: bool = False
+    """Shard the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward still runs."""
+    distributed_timeout_minutes: PositiveInt = 10
+    """A collective that waits longer ends the run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA if the node has a GPU for each of its ranks, else the CPU with gloo."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats, recomputation, and the log-probability computation."""
+
+    bf16: bool = False
+    """Weights and activations in bf16, with fp32 master weights; otherwise fp32."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """FP8 matrix products (Transformer Engine); hybrid: e4m3 forward, e5m2 for gradients."""
+    fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] | None = None
+    """How FP8 scales are chosen; needed with fp8_format."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Recompute activations in the backward: whole layers, or the core attention only."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """For full: uniform recomputes in units of recompute_num_layers layers; block, the first so many of a stage."""
+    recompute_num_layers: PositiveInt | None = None
+    """For full: see recompute_method."""
+    deterministic_mode: bool = False
+    """Only kernels that give the same bits every time."""
+    log_probs_chunk_size: PositiveInt = 1024
+    """Response tokens whose logits exist at one time; bounds memory at this x local vocabulary."""

@@ -1,0 +1,167 @@
+"""Sections that say what is done: data, objective, optimizer, training, checkpoint, logging."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_groupdpo.config.bounds import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ProperFraction,
+)
+from megatron_groupdpo.objectives import OBJECTIVES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Token stores and the tokenizer they were made with."""
+
+    data_path: tuple[str, ...]
+    """Token stores to train on."""
+    seq_length: PositiveInt
+    """Longest prompt plus response, in tokens."""
+    valid_data_path: tuple[str, ...] = ()
+    """Token stores to validate on; excludes valid_fraction."""
+    valid_fraction: ProperFraction = 0.0
+    """Share of the training prompts held out for validation; all groups of a prompt fall on one side."""
+    shuffle: bool = True
+    """New seeded order of the groups in every epoch; otherwise the order of the store."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] | None = None
+    """Kind of tokenizer; none: as the token store says."""
+    tokenizer_model: str | None = None
+    """Tokenizer file or folder; none: as the token store says."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss: (1/B) sum of the groups' preference losses + nll_coeff x (1/B_nll) sum of their NLL.
+
+    B counts the groups whose preference term is not empty, B_nll those with a positive.
+    """
+
+    objective: str = field(default="all_pairs", metadata={"choices": tuple(OBJECTIVES)})
+    """Preference loss of a group."""
+    beta: PositiveFloat = 0.1
+    """Score of a response: beta x (log pi - log pi_ref)."""
+    score_average: bool = False
+    """Average log pi over the response's tokens in the score, instead of summing."""
+    nll_coeff: NonNegativeFloat = 1.0
+    """Weight of the NLL of the positives; with sft, of the whole loss."""
+    nll_average: Literal["sum", "response", "batch-tokens"] = "response"
+    """NLL of a response summed over its tokens; averaged over them; or one token mean over the batch's positives."""
+    one_sided_nll: bool = False
+    """Groups that are empty for the objective (say, without a negative) keep their NLL; otherwise they are left out."""
+    reference: Literal["cached", "resident", "none"] = "cached"
+    """log pi_ref read from reference_logprobs; computed by a second model; or, for objectives without one, none."""
+    reference_logprobs: str | None = None
+    """Store of reference log-probabilities (cached)."""
+    label_smoothing: float | None = None
+    """Hyperparameter of all_pairs, margin, dpo, simpo_pairs: probability in [0, 0.5) of a flipped preference."""
+    pair_selection: Literal["best_worst", "random"] | None = None
+    """Hyperparameter of dpo: the pair of a group, by value or drawn anew in every epoch."""
+    weight_exponent: float | None = None
+    """Hyperparameter of weighted_mpo: weights are exp(this x distance of the value from the group's mean)."""
+    psi_scaling: Literal["group", "none"] | None = None
+    """Hyperparameter of lipo_lambda: values scaled to [0, 1] in each group, or taken as they are."""
+    value_temperature: float | None = None
+    """Hyperparameter of info_nca, nca: targets are softmax(values / this)."""
+    simpo_gamma: float | None = None
+    """Hyperparameter of simpo_pairs: target margin between the scores of a pair."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning-rate schedule."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Adam (decoupled weight decay) or SGD with momentum."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate the decay ends at."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "linear"
+    """Shape of the decay after warm-up."""
+    lr_decay_iters: PositiveInt | None = None
+    """Iterations over which the rate decays; none: all of the run."""
+    lr_warmup_iters: NonNegativeInt = 0
+    """Iterations of linear warm-up from 0; excludes lr_warmup_fraction."""
+    lr_warmup_fraction: Fraction | None = None
+    """Warm-up as a share of the decay iterations."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Weight decay; norms and biases have none."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest norm of the whole gradient; 0: no clipping."""
+    adam_beta1: ProperFraction = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: ProperFraction = 0.999
+    """Decay of Adam's second moment."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to Adam's denominator."""
+    sgd_momentum: ProperFraction = 0.9
+    """Momentum of SGD."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """Batch sizes and length of the run. The batch counts groups (prompts), the microbatch counts responses."""
+
+    global_batch_size: PositiveInt
+    """Prompts (groups) of one optimizer step, over all data-parallel ranks."""
+    micro_batch_size: PositiveInt | None = None
+    """Responses of one microbatch on one rank; bounds activation memory. Excludes max_tokens_per_microbatch."""
+    max_tokens_per_microbatch: PositiveInt | None = None
+    """Tokens of one microbatch on one rank, responses packed to fill it."""
+    train_iters: PositiveInt | None = None
+    """Optimizer steps of the run; excludes train_samples."""
+    train_samples: PositiveInt | None = None
+    """Prompts (groups) of the run."""
+    seed: NonNegativeInt = 1234
+    """Seed of initial weights, data order and random pairs."""
+    eval_interval: PositiveInt | None = None
+    """Validate every so many iterations; none: never."""
+    eval_iters: PositiveInt = 100
+    """Global batches of a validation."""
+    score_drift_threshold: PositiveFloat | None = None
+    """Stop when a response's score differs by more than this between the two passes; none: only report it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """Distributed checkpoints, loadable under any layout."""
+
+    save: str | None = None
+    """Folder to write checkpoints to; one is always written at the end."""
+    load: str | None = None
+    """Folder to resume from: weights, optimizer, random state, place in the data."""
+    save_interval: PositiveInt | None = None
+    """Write a checkpoint every so many iterations."""
+    pretrained_checkpoint: str | None = None
+    """Folder of the weights to start from; used where load holds no checkpoint yet."""
+    finetune: bool = False
+    """Take only the weights from load and start at iteration 0."""
+    no_load_optim: bool = False
+    """Do not load the optimizer's state."""
+    no_load_rng: bool = False
+    """Do not load the random state."""
+    exit_on_missing_checkpoint: bool = False
+    """Refuse to start when load holds no checkpoint, instead of starting anew."""
+    ckpt_format: Literal["torch_dist"] = "torch_dist"
+    """Format of checkpoints."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggingConfig:
+    """Where the run reports."""
+
+    run_dir: str | None = None
+    """Folder for metrics.jsonl and the run's configuration; none: the folder of save, and with neither, no files."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard; none: not written."""
+    log_interval: PositiveInt = 1
+    """Print the console line every so many iterations; metrics.jsonl has every one."""
+    log_throughput: bool = False
+    """Add TFLOP/s per GPU to the console line."""
