@@ -27,8 +27,6 @@ def plackett_luce_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyp
     members_GK = groups.members_GK
     rank_GK = ranks(members_GK, groups.values_GK.nan_to_num(nan=0.0), groups.tie_keys_GK)
     remaining_GKK = (rank_GK[:, None, :] >= rank_GK[:, :, None]) & members_GK[:, None, :]
-    # A padding cell's own row would be an LSE over nothing, NaN in the backward: it keeps itself.
-    remaining_GKK = remaining_GKK | (~members_GK)[:, :, None]
     remaining_GK = scores_GK[:, None, :].masked_fill(~remaining_GKK, -math.inf).logsumexp(2)
     return (remaining_GK - scores_GK).masked_fill(~members_GK, 0.0).sum(1)
 

@@ -95,9 +95,9 @@ def test_cases_cover_every_objective():
 
 
 @every_case
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_loss_equals_the_plain_loop(name, options, seed):
-    scores = random_scores(seed)
+@pytest.mark.parametrize(("seed", "scale"), [(0, 2.0), (1, 2.0), (2, 9.0), (3, 0.0)])
+def test_loss_equals_the_plain_loop(name, options, seed, scale):
+    scores = random_scores(seed, scale)  # at scale 0, as at step 0, all scores tie
     loss = group_loss(name, scores, LABELS, VALUES, tie_keys_GK=KEYS, **options)
     rows = zip(scores.tolist(), LABELS.tolist(), VALUES.tolist(), KEYS.tolist())
     close(loss, torch.tensor([ORACLES[name](*row, **options) for row in rows], dtype=torch.float64))
@@ -343,7 +343,7 @@ def test_dpo_takes_the_best_positive_and_the_worst_negative():
 
 def test_dpo_random_pair_is_one_of_each_side_fixed_by_seed_and_group_id():
     num_groups = 400
-    labels = torch.tensor([[1, -1, 1, -1, 1, -1, -1, 0]]).expand(num_groups, 8)
+    labels = torch.tensor([[1, -1, 1, -1, 1, -1, 0, 0]]).expand(num_groups, 8)
     ids = torch.arange(num_groups)
 
     def drawn(ids, **key):
@@ -356,11 +356,10 @@ def test_dpo_random_pair_is_one_of_each_side_fixed_by_seed_and_group_id():
     assert not torch.equal(used, drawn(ids, seed=1, epoch=1))
     assert bool((used & (labels == 1)).sum(1).eq(1).all())
     assert bool((used & (labels == -1)).sum(1).eq(1).all())
-    counts = used.sum(0).double()
-    assert bool((counts[labels[0] == 1] - num_groups / 3).abs().max() < 5 * (num_groups * 2 / 9) ** 0.5)
-    assert bool((counts[labels[0] == -1] - num_groups / 4).abs().max() < 5 * (num_groups * 3 / 16) ** 0.5)
-    # The two sides are drawn independently: all 12 pairs occur.
-    assert len({tuple(row) for row in used.tolist()}) == 12
+    counts = used.sum(0).double()[labels[0] != 0]
+    assert bool((counts - num_groups / 3).abs().max() < 5 * (num_groups * 2 / 9) ** 0.5)
+    # The two sides are drawn independently: all 9 pairs occur.
+    assert len({tuple(row) for row in used.tolist()}) == 9
 
 
 def test_group_keys_are_fixed_for_all_time():
