@@ -14,7 +14,10 @@ class ResponseWeights(Protocol):
     """Weight of each response in the backward pass."""
 
     def __call__(self, responses_r: Tensor, logps_r: Tensor) -> Tensor:
-        """Weights [r] of the responses with flat indices ``responses_r`` ([r] int64), given their detached [r] logps."""
+        """Weights [r] float64 of the responses with flat indices ``responses_r`` [r] int64.
+
+        ``logps_r`` [r] float64 are their log-probabilities in this very pass, detached.
+        """
         ...
 
 

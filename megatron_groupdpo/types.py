@@ -104,6 +104,10 @@ class GroupBatch:
     """[G, K] int8: +1, -1, 0."""
     values_GK: torch.Tensor
     """[G, K] float64; NaN where absent."""
+    tie_keys_GK: torch.Tensor
+    """[G, K] int64: content hash of each response, which breaks ties among equal values."""
+    group_keys_G: torch.Tensor
+    """[G] int64: source of each group's random draws."""
     response_ids_R: torch.Tensor
     """[R] int64: rows of the store's response table (the key into a reference store)."""
     num_tokens_R: torch.Tensor
@@ -122,9 +126,7 @@ class GroupBatch:
     def to_groups(self, per_response_R: torch.Tensor, *, fill: float = 0.0) -> torch.Tensor:
         """Arrange a flat [R] vector as [G, K], with ``fill`` in the padding cells."""
         if per_response_R.numel() == 0:
-            return torch.full(
-                self.flat_index_GK.shape, fill, dtype=per_response_R.dtype, device=per_response_R.device
-            )
+            return torch.full(self.flat_index_GK.shape, fill, dtype=per_response_R.dtype, device=per_response_R.device)
         index_GK = self.flat_index_GK.to(per_response_R.device)
         gathered_GK = per_response_R[index_GK.clamp_min(0)]
         return torch.where(index_GK >= 0, gathered_GK, torch.full_like(gathered_GK, fill))

@@ -9,6 +9,7 @@ Shapes in this file: N heads of this rank, M key-value heads of this rank, D hea
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class SdpaAttention(torch.nn.Module):
         assert packed.cu_seqlens_q is not None
         bounds = packed.cu_seqlens_q.tolist()
         contexts = []
-        for start, end in zip(bounds[:-1], bounds[1:]):
+        for start, end in pairwise(bounds):
             q, k, v = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (query, key, value))
             contexts.append(self._attend(q, k, v, is_causal=True)[0].transpose(0, 1).flatten(1))
         return torch.cat(contexts)

@@ -70,9 +70,7 @@ class MegatronEngine:
         """See :class:`Engine`. One forward-backward schedule call; each response is a weighted likelihood."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()  # type: ignore[operator]
-        parts = self._run(
-            microbatches, _WeightedLogProbs(weights, cp_group=self.ranks.cp_group), forward_only=False
-        )
+        parts = self._run(microbatches, _WeightedLogProbs(weights, cp_group=self.ranks.cp_group), forward_only=False)
         return self._gather(parts, num_responses)
 
     def _run(

@@ -41,16 +41,12 @@ def sharded_tensors(chunk: torch.nn.Module) -> Iterator[ShardedTensor]:
 def _leaves(entry: object) -> Iterator[ShardedTensor]:
     if isinstance(entry, ShardedTensorFactory):
         built = entry.build()
-        for part in (
-            built.values() if isinstance(built, dict) else built if isinstance(built, list) else [built]
-        ):
+        for part in built.values() if isinstance(built, dict) else built if isinstance(built, list) else [built]:
             yield from _leaves(part)
     elif isinstance(entry, ShardedTensor):
         yield entry
     else:
-        assert isinstance(entry, ShardedBase), type(
-            entry
-        )  # extra state of Transformer Engine: nothing to fill
+        assert isinstance(entry, ShardedBase), type(entry)  # extra state of Transformer Engine: nothing to fill
 
 
 def _draw(shard: ShardedTensor, model: ModelConfig, *, seed: int) -> Tensor:

@@ -35,9 +35,7 @@ class _SelectedLogProbs(torch.autograd.Function):
             part = slice(start, start + chunk_size)
             logits_CV = _logits(hidden_TH[part], weight_VH, vocab_start, vocab_size)
             log_norms_T[part] = _log_normaliser(logits_CV, tp_group)
-            logps_T[part] = (
-                _target_logits(logits_CV, targets_T[part], vocab_start, tp_group) - log_norms_T[part]
-            )
+            logps_T[part] = _target_logits(logits_CV, targets_T[part], vocab_start, tp_group) - log_norms_T[part]
         ctx.save_for_backward(hidden_TH, weight_VH, targets_T, log_norms_T)
         ctx.vocab_start, ctx.vocab_size, ctx.chunk_size = vocab_start, vocab_size, chunk_size
         return logps_T

@@ -39,9 +39,7 @@ _ACTIVATIONS: dict[str, Any] = {
 }
 
 
-def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig
-) -> TransformerConfig:
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
     """Megatron's configuration for this run.
 
     ``calculate_per_token_loss`` is set so that nothing rescales the loss or the gradient: see ``engine.py``.
@@ -103,9 +101,7 @@ def transformer_config(
 def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:
     """Layers from Megatron-Core and PyTorch alone, with our norm and attention."""
     norm = norm_class(model.normalization)
-    submodules = get_gpt_layer_local_submodules(
-        qk_layernorm=model.qk_layernorm, normalization=model.normalization
-    )
+    submodules = get_gpt_layer_local_submodules(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
     attention = submodules.self_attention
     assert isinstance(attention, ModuleSpec)
     replaced: dict[str, Any] = {"core_attention": SdpaAttention}
@@ -115,9 +111,7 @@ def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: in
         submodules,
         input_layernorm=norm,
         pre_mlp_layernorm=norm,
-        self_attention=dataclasses.replace(
-            attention, submodules=dataclasses.replace(attention.submodules, **replaced)
-        ),
+        self_attention=dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **replaced)),
         # Keys as the modules name them; the map only serves checkpoints shared with fused layers.
         sharded_state_dict_keys_map={},
     )

@@ -62,3 +62,31 @@ def build_lr_schedule(
         wd_incr_steps=decay_steps,
         wd_incr_style="constant",
     )
+
+
+class Updater:
+    """Applies the accumulated gradient and moves the schedule on."""
+
+    def __init__(self, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler) -> None:
+        self.optimizer = optimizer
+        self.schedule = schedule
+
+    def prepare(self) -> None:
+        """Forget the last step's gradient; called before the backward pass.
+
+        The gradient buffers are zeroed by the engine. Here it is the views of them that the float32 optimizer hung on
+        ``param.grad``: left there, the next backward would add into them and count the gradient twice.
+        """
+        self.optimizer.zero_grad()
+
+    def step(self, num_groups: int) -> float:
+        """One update over a batch of ``num_groups`` groups; the gradient norm before clipping."""
+        updated, grad_norm, _ = self.optimizer.step()
+        assert updated, "only a dynamic loss scale skips updates, and there is none"
+        self.schedule.step(increment=num_groups)
+        return float(grad_norm)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next update."""
+        return self.optimizer.param_groups[0]["lr"]

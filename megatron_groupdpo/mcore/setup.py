@@ -40,10 +40,7 @@ class Ranks:
     def is_logger(self) -> bool:
         """The one rank that writes logs: last stage, first in every other axis."""
         return (
-            self.is_last_stage
-            and self.tp_group.rank() == 0
-            and self.dp_group.rank() == 0
-            and self.cp_group.rank() == 0
+            self.is_last_stage and self.tp_group.rank() == 0 and self.dp_group.rank() == 0 and self.cp_group.rank() == 0
         )
 
     def broadcast_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
@@ -73,9 +70,7 @@ def choose_device(requested: str) -> tuple[torch.device, str | None]:
         )
     if requested == "cpu" or gpus < local_ranks:
         reason = "asked for" if requested == "cpu" else f"{gpus} GPUs for {local_ranks} local ranks"
-        return torch.device(
-            "cpu"
-        ), f"device: CPU with gloo ({reason}); a stand-in answers Megatron's CUDA calls"
+        return torch.device("cpu"), f"device: CPU with gloo ({reason}); a stand-in answers Megatron's CUDA calls"
     return torch.device("cuda", local_rank), None
 
 

@@ -1,0 +1,270 @@
+"""Distributed checkpoints: saved on one layout, loaded on any.
+
+Megatron's folder layout: ``ROOT/iter_0000100/`` and ``ROOT/latest_checkpointed_iteration.txt``, which is written last,
+so that an interrupted save is never taken for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_groupdpo.errors import CheckpointError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+_FORMAT = 1
+# Optimizer state laid out by parameter, not by buffer: loadable under another TP, PP and DP.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run is; with the seed, all that the data order needs."""
+
+    iteration: int = 0
+    consumed_groups: int = 0
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    """``ROOT/iter_0000100``."""
+    return root / f"iter_{iteration:07d}"
+
+
+def latest_iteration(root: Path) -> int | None:
+    """What the tracker names, or ``None`` without one.
+
+    Raises:
+        CheckpointError: the tracker is not a number, or its folder is gone.
+    """
+    tracker = root / TRACKER
+    if not tracker.exists():
+        return None
+    text = tracker.read_text().strip()
+    if not text.isdigit():
+        raise CheckpointError(f"{tracker}: must hold an iteration number, found {text!r}; restore or delete the file")
+    if not iteration_folder(root, int(text)).is_dir():
+        raise CheckpointError(
+            f"{tracker} names iteration {text}, but {iteration_folder(root, int(text))} is missing; "
+            "write the number of an existing iter_ folder into it"
+        )
+    return int(text)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder to load: ``path`` itself when it is an ``iter_`` folder, else the latest under it.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / "metadata.json").exists():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint at {path}: the folder does not exist")
+    iteration = latest_iteration(path)
+    if iteration is None:
+        raise CheckpointError(f"no checkpoint at {path}: neither {TRACKER} nor metadata.json is there")
+    return iteration_folder(path, iteration)
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors: ``model``, ``config``, ``iteration``, ``consumed_groups``.
+
+    Raises:
+        CheckpointError: not a checkpoint of this package, or unreadable.
+    """
+    try:
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be read as a distributed checkpoint: {error}") from error
+    if common.get("groupdpo_format") != _FORMAT:
+        raise CheckpointError(
+            f"{folder} was not written by this package (groupdpo_format {common.get('groupdpo_format')!r}, "
+            f"needed {_FORMAT}); convert it from its Hugging Face form"
+        )
+    return common
+
+
+def save_checkpoint(
+    root: Path,
+    chunks: Sequence[Any],
+    *,
+    progress: Progress,
+    model: Mapping[str, Any],
+    config: Mapping[str, Any],
+    optimizer: MegatronOptimizer | None = None,
+    schedule: OptimizerParamScheduler | None = None,
+) -> Path:
+    """Write ``ROOT/iter_...`` from every rank and then the tracker; returns the folder."""
+    folder = iteration_folder(root, progress.iteration)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    state = _sharded_state(chunks, optimizer, is_loading=False)
+    state |= {
+        "groupdpo_format": _FORMAT,
+        "iteration": progress.iteration,
+        "consumed_groups": progress.consumed_groups,
+        "model": dict(model),
+        "config": dict(config),
+        "optimizer_kind": _optimizer_kind(optimizer),
+        "schedule": schedule.state_dict() if schedule is not None else None,
+    }
+    dist_checkpointing.save(state, str(folder))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        temporary = root / (TRACKER + ".tmp")
+        temporary.write_text(str(progress.iteration))
+        os.replace(temporary, root / TRACKER)
+    dist.barrier()
+    return folder
+
+
+def load_weights(folder: Path, chunks: Sequence[Any], *, model: Mapping[str, Any]) -> None:
+    """Fill the chunks from a checkpoint of the same model, saved on any layout.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or lacks a tensor.
+    """
+    check_same_model(folder, read_common(folder), model)
+    _load_into(folder, chunks, None)
+
+
+def load_training(
+    folder: Path,
+    chunks: Sequence[Any],
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    *,
+    model: Mapping[str, Any],
+) -> Progress:
+    """Weights, optimizer state and schedule; where the run stood.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or was saved without optimizer state, or with another
+            kind of it.
+    """
+    common = read_common(folder)
+    check_same_model(folder, common, model)
+    if common["optimizer_kind"] != _optimizer_kind(optimizer):
+        raise CheckpointError(
+            f"{folder} holds optimizer state of kind {common['optimizer_kind']!r}, this run needs "
+            f"{_optimizer_kind(optimizer)!r}; set --use-distributed-optimizer and --optimizer as they were, or start "
+            "from the weights alone with --finetune"
+        )
+    _load_into(folder, chunks, optimizer)
+    schedule.load_state_dict(common["schedule"])
+    return Progress(iteration=common["iteration"], consumed_groups=common["consumed_groups"])
+
+
+def check_same_model(folder: Path, common: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose architecture differs, naming every field that does."""
+    saved = common["model"]
+    differ = [
+        f"{name}: checkpoint {saved.get(name)!r}, run {value!r}"
+        for name, value in model.items()
+        if saved.get(name) != value
+    ]
+    if differ:
+        raise CheckpointError(f"{folder} is a checkpoint of another model ({'; '.join(differ)}); make the model section agree")
+
+
+def _optimizer_kind(optimizer: MegatronOptimizer | None) -> str | None:
+    if optimizer is None:
+        return None
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return "+".join(f"{type(part).__name__}/{type(part.optimizer).__name__}" for part in parts)
+
+
+def _unwrapped(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _sharded_state(
+    chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *, is_loading: bool
+) -> dict[str, Any]:
+    # Tensor keys are global names; the outer key only tells the chunks of one rank apart.
+    state: dict[str, Any] = {
+        f"model{index}": _unwrapped(chunk).sharded_state_dict(metadata=_METADATA) for index, chunk in enumerate(chunks)
+    }
+    if optimizer is not None:
+        model_state = dict(state) if len(chunks) > 1 else {"model": state["model0"]}
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+    return state
+
+
+def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer | None) -> None:
+    if optimizer is not None:
+        _prepare_torch_adam(optimizer)
+    state = _sharded_state(chunks, optimizer, is_loading=True)
+    _check_shapes(folder, state)
+    loaded = dist_checkpointing.load(state, str(folder))
+    for index, chunk in enumerate(chunks):
+        _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+        _unshare_torch_adam_step(optimizer)
+    dist.barrier()
+
+
+def _prepare_torch_adam(optimizer: MegatronOptimizer) -> None:
+    """Make the distributed optimizer over torch's Adam loadable before its first step.
+
+    Megatron-Core 0.19.2 (distrib_optimizer.py) reads ``step`` from a state that torch's Adam has only after a step
+    (``state_dict``), leaves ``step`` out of what it loads per parameter and then looks it up for every tensor of the
+    state (``_set_main_param_and_optimizer_states``); the value itself comes with the parameter groups. With
+    Transformer Engine's or Apex's Adam neither happens.
+    """
+    for part in _distributed_torch_adams(optimizer):
+        for group in part.optimizer.param_groups:
+            for param in group["params"]:
+                state = part.optimizer.state[param]
+                if not state:
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
+        load_one = type(part)._set_main_param_and_optimizer_states
+        part._set_main_param_and_optimizer_states = (  # type: ignore[method-assign]
+            lambda param, tensors, part=part, load_one=load_one: load_one(part, param, {"step": None, **tensors})
+        )
+
+
+def _unshare_torch_adam_step(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own ``step`` again.
+
+    Megatron-Core 0.19.2 puts one tensor into every parameter's state (distrib_optimizer.py, ``load_state_dict``);
+    torch's Adam then counts it up once per parameter, and the bias correction after a resume is wrong.
+    """
+    for part in _distributed_torch_adams(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _distributed_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [p for p in parts if isinstance(p, DistributedOptimizer) and isinstance(p.optimizer, torch.optim.Adam)]
+
+
+def _check_shapes(folder: Path, state: Mapping[str, Any]) -> None:
+    """One clear message before Megatron's own, deep in a planner."""
+    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    for chunk_state in (value for name, value in state.items() if name.startswith("model")):
+        for tensor in chunk_state.values():
+            if not isinstance(tensor, ShardedTensor):
+                continue
+            if tensor.key not in saved:
+                raise CheckpointError(f"{folder} lacks the tensor {tensor.key!r} that this model has")
+            there, here = tuple(saved[tensor.key].global_shape), tuple(tensor.global_shape)
+            if there != here and not tensor.allow_shape_mismatch:
+                raise CheckpointError(f"{folder}: tensor {tensor.key!r} has shape {there}, this model needs {here}")

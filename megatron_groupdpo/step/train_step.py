@@ -1,0 +1,93 @@
+"""One optimizer step of GroupDPO (arXiv 2604.15602): score, coefficients, backward, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_groupdpo import objectives
+from megatron_groupdpo.engine import Engine
+from megatron_groupdpo.step.coefficients import GroupLoss, LossOptions, group_loss
+from megatron_groupdpo.types import GroupBatch, Microbatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What a step tells the ranks that hold the output layer."""
+
+    result: GroupLoss
+    logps_R: Tensor
+    """[R] float64."""
+    ref_logps_R: Tensor
+    """[R] float64."""
+    score_drift: float | None
+    """max_i |score in pass 2 - score in pass 1|; ``None`` when the objective needs no scoring pass."""
+
+
+def accumulate_gradient(
+    engine: Engine,
+    microbatches: Sequence[Microbatch],
+    batch: GroupBatch,
+    ref_logps_R: Tensor,
+    options: LossOptions,
+) -> StepResult | None:
+    """Leave dL/dparameters in the engine's gradient buffers; the result where the output layer is, else ``None``."""
+    num_responses = batch.num_responses
+    if objectives.get_objective(options.objective).separable:
+        # c_i depends on s_i alone, and pass 2 computes s_i anyway: no scoring pass.
+        logps_R = engine.backward(
+            microbatches, num_responses, _OwnWeights(batch=batch, ref_logps_R=ref_logps_R, options=options)
+        )
+        if logps_R is None:
+            return None
+        ref_logps_R = ref_logps_R.to(logps_R.device)
+        result = group_loss(logps_R, ref_logps_R, batch, options)
+        return StepResult(result=result, logps_R=logps_R, ref_logps_R=ref_logps_R, score_drift=None)
+
+    logps_R = engine.score(microbatches, num_responses)
+    if logps_R is None:
+        engine.backward(microbatches, num_responses, None)
+        return None
+    ref_logps_R = ref_logps_R.to(logps_R.device)
+    result = group_loss(logps_R, ref_logps_R, batch, options)
+    again_R = engine.backward(microbatches, num_responses, _FixedWeights(result.weights_R))
+    assert again_R is not None
+    drift = _drift(logps_R, again_R, batch, options)
+    return StepResult(result=result, logps_R=logps_R, ref_logps_R=ref_logps_R, score_drift=drift)
+
+
+class _FixedWeights:
+    """The weights of the scoring pass, looked up."""
+
+    def __init__(self, weights_R: Tensor) -> None:
+        self.weights_R = weights_R
+
+    def __call__(self, responses_r: Tensor, logps_r: Tensor) -> Tensor:
+        return self.weights_R[responses_r]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _OwnWeights:
+    """Weights of a separable objective, from the log-probabilities of the very pass that differentiates them."""
+
+    batch: GroupBatch
+    ref_logps_R: Tensor
+    options: LossOptions
+
+    def __call__(self, responses_r: Tensor, logps_r: Tensor) -> Tensor:
+        ref_logps_R = self.ref_logps_R.to(logps_r.device)
+        # The other responses' entries do not matter: no weight depends on another response's score.
+        logps_R = ref_logps_R.clone().index_copy_(0, responses_r, logps_r.double())
+        return group_loss(logps_R, ref_logps_R, self.batch, self.options).weights_R[responses_r]
+
+
+def _drift(logps_R: Tensor, again_R: Tensor, batch: GroupBatch, options: LossOptions) -> float:
+    if logps_R.numel() == 0:
+        return 0.0
+    change_R = options.beta * (again_R - logps_R).abs()
+    if options.score_average:
+        change_R = change_R / batch.num_tokens_R.to(change_R.device)
+    return float(torch.nan_to_num(change_R, nan=float("inf")).max())
