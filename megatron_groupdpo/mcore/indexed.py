@@ -6,17 +6,22 @@ after the other, the ``.idx`` file their lengths and byte offsets and the sequen
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import (
-    DType,
-    IndexedDataset,
-    IndexedDatasetBuilder,
-    get_bin_path,
-    get_idx_path,
-)
+
+with warnings.catch_warnings():
+    # Importing any part of Megatron warns that Transformer Engine is absent, which files do not need.
+    warnings.simplefilter("ignore", UserWarning)
+    from megatron.core.datasets.indexed_dataset import (
+        DType,
+        IndexedDataset,
+        IndexedDatasetBuilder,
+        get_bin_path,
+        get_idx_path,
+    )
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:

@@ -1,0 +1,105 @@
+"""The record forms the data may have, one file each, registered here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_groupdpo.data.schemas import (
+    canonical,
+    distilabel,
+    helpsteer3,
+    mix_instruct,
+    ms_swift,
+    nectar,
+    nemo_rl,
+    on_policy,
+    pairs,
+    reward,
+    sft,
+    ultrafeedback,
+    verified,
+)
+from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.types import GroupRecord
+
+__all__ = ["SCHEMAS", "Schema", "SchemaOptions", "choose_schema", "schema_named"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schema:
+    """One record form."""
+
+    name: str
+    matches: Callable[[Record], bool]
+    """Whether the record has this form; looks at keys and container types only."""
+    parse: Callable[[Record, str, SchemaOptions], GroupRecord]
+    """``parse(record, where, options)``; raises DataError naming ``where``."""
+    single_answers: bool = False
+    """Groups of one positive response, for the ``sft`` objective: used only where named."""
+    yields: bool = False
+    """Gives way when another schema fits too: group data often repeats its best and worst as a pair."""
+
+
+SCHEMAS: tuple[Schema, ...] = (
+    Schema(name="canonical", matches=canonical.matches, parse=canonical.parse),
+    Schema(name="pairs", matches=pairs.matches, parse=pairs.parse, yields=True),
+    Schema(name="ultrafeedback", matches=ultrafeedback.matches, parse=ultrafeedback.parse),
+    Schema(name="on_policy", matches=on_policy.matches, parse=on_policy.parse),
+    Schema(name="reward", matches=reward.matches, parse=reward.parse),
+    Schema(name="nectar", matches=nectar.matches, parse=nectar.parse),
+    Schema(name="mix_instruct", matches=mix_instruct.matches, parse=mix_instruct.parse),
+    Schema(name="distilabel", matches=distilabel.matches, parse=distilabel.parse),
+    Schema(name="nemo_rl", matches=nemo_rl.matches, parse=nemo_rl.parse),
+    Schema(name="helpsteer3", matches=helpsteer3.matches, parse=helpsteer3.parse),
+    Schema(name="ms_swift", matches=ms_swift.matches, parse=ms_swift.parse),
+    Schema(name="verified", matches=verified.matches, parse=verified.parse),
+    Schema(name="sft", matches=sft.matches, parse=sft.parse, single_answers=True),
+)
+
+
+def schema_named(name: str) -> Schema:
+    """The schema registered under ``name``; DataError with the nearest name otherwise."""
+    for schema in SCHEMAS:
+        if schema.name == name:
+            return schema
+    names = [schema.name for schema in SCHEMAS]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise DataError(f"unknown --schema {name!r}; {hint}Known: auto, {', '.join(names)}")
+
+
+def choose_schema(name: str, first_records: Sequence[tuple[Record, str]]) -> Schema:
+    """The schema ``name``, or for ``"auto"`` the one that every one of the first records has.
+
+    Raises:
+        DataError: no schema fits, several do, or the first records have different forms.
+    """
+    if name != "auto":
+        return schema_named(name)
+    records = [record for record, _ in first_records]
+    fitting = [s for s in SCHEMAS if not s.single_answers and all(s.matches(record) for record in records)]
+    if len(fitting) > 1:
+        fitting = [schema for schema in fitting if not schema.yields]
+    if len(fitting) == 1:
+        return fitting[0]
+    where = first_records[0][1]
+    if fitting:
+        names = ", ".join(schema.name for schema in fitting)
+        raise DataError(f"{where}: the records fit several schemas ({names}); name one with --schema")
+    kinds = [[s.name for s in SCHEMAS if not s.single_answers and s.matches(record)] for record in records]
+    odd = next((i for i, names in enumerate(kinds) if not names), None)
+    if odd is None:
+        odd = next((i for i, names in enumerate(kinds) if kinds[0][0] not in names), 0)
+        raise DataError(
+            f"{first_records[odd][1]}: this record has the form {kinds[odd][0]!r} while {where} has "
+            f"{kinds[0][0]!r}; give files of one form, or preprocess them separately"
+        )
+    hint = " (single answers need --schema sft)" if sft.matches(records[odd]) else ""
+    raise DataError(
+        f"{first_records[odd][1]}: no known schema fits a record with the keys "
+        f"{', '.join(map(str, records[odd]))}{hint}; name one with --schema: "
+        f"{', '.join(schema.name for schema in SCHEMAS)}"
+    )

@@ -1,0 +1,46 @@
+"""``{"prompt", "responses": [{"text", "score"?, "rank"?, "label"?, "ref_logp"?}]}``: the project's own form.
+
+``score`` may be an object of named scores (see ``--score-weights``). A ``rank`` (1 is best) is used where there
+is no score.
+"""
+
+from __future__ import annotations
+
+from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.types import GroupRecord, ResponseRecord
+
+
+def matches(record: Record) -> bool:
+    """A prompt and a list of response objects that have a ``text``."""
+    if "prompt" not in record or not fields.is_list_of(record, "responses", dict):
+        return False
+    responses = record["responses"]
+    return not responses or "text" in responses[0]
+
+
+def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
+    """Raises DataError on any field that is missing or of another type."""
+    prompt = fields.text(fields.field(record, "prompt", where), "prompt", where)
+    responses = fields.items(fields.field(record, "responses", where), "responses", where)
+    return fields.group(
+        prompt, [_response(r, f"responses[{i}]", where, options) for i, r in enumerate(responses)], where
+    )
+
+
+def _response(entry: Record, name: str, where: str, options: SchemaOptions) -> ResponseRecord:
+    text = fields.text(fields.field(entry, "text", where), f"{name}.text", where)
+    score, rank = entry.get("score"), entry.get("rank")
+    label, ref_logp = entry.get("label"), entry.get("ref_logp")
+    if isinstance(score, dict):
+        value = fields.value_of_scores(score, options, f"{name}.score", where)
+    elif score is not None:
+        value = fields.number(score, f"{name}.score", where)
+    else:
+        value = None if rank is None else -fields.number(rank, f"{name}.rank", where)
+    return ResponseRecord(
+        text=text,
+        value=value,
+        label=None if label is None else fields.label_of(label, f"{name}.label", where),
+        ref_logp=None if ref_logp is None else fields.number(ref_logp, f"{name}.ref_logp", where),
+    )

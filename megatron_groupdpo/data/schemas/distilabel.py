@@ -1,0 +1,28 @@
+"""Distilabel and Argilla: ``{"instruction", "generations": [...], "ratings": [...]}``, two parallel lists."""
+
+from __future__ import annotations
+
+from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.types import GroupRecord, ResponseRecord
+
+
+def matches(record: Record) -> bool:
+    """An instruction, generations and ratings."""
+    return {"instruction", "generations", "ratings"} <= record.keys()
+
+
+def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
+    """Raises DataError on a missing field, lists of different lengths, or a rating that is no number."""
+    prompt = fields.text(fields.field(record, "instruction", where), "instruction", where)
+    texts = fields.items(fields.field(record, "generations", where), "generations", where)
+    ratings = fields.items(fields.field(record, "ratings", where), "ratings", where)
+    fields.same_length(texts, ratings, "generations and ratings", where)
+    responses = [
+        ResponseRecord(
+            text=fields.text(text, f"generations[{i}]", where),
+            value=fields.number(rating, f"ratings[{i}]", where),
+        )
+        for i, (text, rating) in enumerate(zip(texts, ratings))
+    ]
+    return fields.group(prompt, responses, where)

@@ -1,0 +1,30 @@
+"""Mix-instruct: ``{"instruction", "input", "candidates": [{"text", "scores": {name: number}}]}``.
+
+``--score-weights`` names the scores that make the value; it may be left out where there is only one.
+"""
+
+from __future__ import annotations
+
+from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.types import GroupRecord, ResponseRecord
+
+
+def matches(record: Record) -> bool:
+    """An instruction and a list of candidate objects."""
+    return "instruction" in record and fields.is_list_of(record, "candidates", dict)
+
+
+def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
+    """Raises DataError on a missing or ill-typed field, or several scores without weights."""
+    instruction = fields.string(fields.field(record, "instruction", where), "instruction", where)
+    context = fields.string(record.get("input") or "", "input", where)
+    prompt = "\n".join(part for part in (instruction, context) if part)
+    responses = []
+    for i, entry in enumerate(fields.items(fields.field(record, "candidates", where), "candidates", where)):
+        name = f"candidates[{i}]"
+        text = fields.text(fields.field(entry, "text", where), f"{name}.text", where)
+        scores = fields.field(entry, "scores", where)
+        value = fields.value_of_scores(scores, options, f"{name}.scores", where)
+        responses.append(ResponseRecord(text=text, value=value))
+    return fields.group(prompt, responses, where)

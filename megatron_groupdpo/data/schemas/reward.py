@@ -1,0 +1,30 @@
+"""Reward form: ``{"prompt", "A0", "score_A0", "A1", "score_A1", ...}``."""
+
+from __future__ import annotations
+
+import re
+
+from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.types import GroupRecord, ResponseRecord
+
+_ANSWER = re.compile(r"A(\d+)")
+
+
+def matches(record: Record) -> bool:
+    """A prompt, ``A0`` and its score."""
+    return {"prompt", "A0", "score_A0"} <= record.keys()
+
+
+def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
+    """Raises DataError where an answer has no score or a field is ill-typed."""
+    prompt = fields.text(fields.field(record, "prompt", where), "prompt", where)
+    numbers = sorted(int(m[1]) for key in record if (m := _ANSWER.fullmatch(key)) and record[key] is not None)
+    responses = [
+        ResponseRecord(
+            text=fields.text(record[f"A{i}"], f"A{i}", where),
+            value=fields.number(fields.field(record, f"score_A{i}", where), f"score_A{i}", where),
+        )
+        for i in numbers
+    ]
+    return fields.group(prompt, responses, where)

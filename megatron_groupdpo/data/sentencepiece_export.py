@@ -1,0 +1,167 @@
+"""A SentencePiece model as a Hugging Face tokenizer that gives the same ids.
+
+``transformers`` has no loader that reproduces an arbitrary SentencePiece model (its Llama class, for one,
+adds no second space to a text that starts with one), so the ``tokenizers`` pipeline is built here from the
+model's own specification:
+
+    SentencePiece                                   tokenizers
+    precompiled character map, whitespace rules     normalizers
+    user-defined symbols, matched first             Split (isolated), then the model
+    unigram / BPE, byte fallback, fused unknowns    Unigram / BPE
+    control symbols are never read from text        added special tokens with ``split_special_tokens``
+
+Equal ids were found for unigram and BPE, with and without byte fallback, dummy prefix, user-defined symbols,
+and for the identity and nmt_nfkc character maps with extra whitespace removed. Refused: whitespace as suffix,
+the word and char models, and whatever the self-check finds to differ (for example a user-defined symbol that
+the character map would change). Decoding differs in one point: an unknown piece reads ``<unk>`` here.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from megatron_groupdpo.errors import DataError
+
+_SPACE = "▁"
+_UNIGRAM, _BPE = 1, 2
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # sentencepiece_model.proto, SentencePiece.Type
+
+_PROBES = (
+    "a", " ", "\n", "  a", "a  ", " a b", "a  b   c", "\n\nQ: 12+34=?\nA: 46", "\tindented\n    more\n",
+    "0123456789 3.14 -7e9", "Hello, world! It's fine; isn't it?", "naïve café Ünïcödé ß", "日本語のテキスト",
+    "🙂 emoji 👩‍👩‍👧", "<s> </s> <unk> <0x0A>", "<pad>x<s>", "▁a", "a▁b", "(1 + 2) * [3] / {4} = <<5>>\n#### 5",
+    "aaaaaaaaaaaaaaaa", "the quick brown fox jumps over the lazy dog " * 4, "x\r\ny", "ﬁ ½ Ⅷ", "\u00a0nbsp\u3000wide",
+)  # fmt: skip
+
+
+def export_to_hugging_face(model_file: Path, folder: Path, *, add_bos: bool, chat_template: str | None) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json`` that ``AutoTokenizer`` loads.
+
+    Raises:
+        DataError: the model uses a feature outside the module's list, or ids differ on the probe texts.
+    """
+    processor = SentencePieceProcessor(model_file=str(model_file))
+    hugging_face = build_fast_tokenizer(model_file, add_bos=add_bos)
+    hugging_face.chat_template = chat_template
+    symbols = _user_defined_symbols(_read_proto(model_file))
+    for probe in [*_PROBES, *(f"a{symbol}b {symbol}\n" for symbol in symbols[:32])]:
+        expected = processor.encode(probe)
+        got = hugging_face.encode(probe, add_special_tokens=False)
+        if expected != got:
+            raise DataError(
+                f"{model_file}: an exported tokenizer must give SentencePiece's own ids, but for {probe!r} "
+                f"SentencePiece gives {expected} and the export gives {got}; train the tokenizer with "
+                "normalization_rule_name='identity', remove_extra_whitespaces=False, byte_fallback=True, "
+                "or use a Hugging Face tokenizer from the start"
+            )
+    hugging_face.save_pretrained(str(folder))
+
+
+def build_fast_tokenizer(model_file: Path, *, add_bos: bool) -> PreTrainedTokenizerFast:
+    """The tokenizer of ``model_file`` as a ``transformers`` object; a beginning token leads when ``add_bos``."""
+    proto = _read_proto(model_file)
+    kind = proto.trainer_spec.model_type
+    if kind not in (_UNIGRAM, _BPE) or proto.trainer_spec.treat_whitespace_as_suffix:
+        raise DataError(
+            f"{model_file}: only unigram and BPE models with whitespace as prefix can be exported to Hugging "
+            "Face; this one is another kind. Retrain it with model_type='bpe' or 'unigram'"
+        )
+    symbols = _user_defined_symbols(proto)
+    tokenizer = Tokenizer(_unigram(proto) if kind == _UNIGRAM else _bpe(proto, bool(symbols)))
+    steps = _normalizers(proto)
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    if symbols:
+        # SentencePiece cuts these out before the model sees the text, the longest first.
+        longest_first = sorted((s.replace(" ", _SPACE) for s in symbols), key=len, reverse=True)
+        pattern = Regex("|".join(re.escape(symbol) for symbol in longest_first))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    decoder = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if proto.normalizer_spec.add_dummy_prefix:
+        decoder.append(decoders.Strip(" ", left=1))
+    tokenizer.decoder = decoders.Sequence(decoder)
+    names = _special_names(proto)
+    tokenizer.add_special_tokens(
+        [AddedToken(p.piece, normalized=False, special=True) for p in proto.pieces if p.type == _CONTROL]
+    )
+    if add_bos and "bos_token" in names:
+        bos = names["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos} $B",
+            special_tokens=[(bos, proto.trainer_spec.bos_id)],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, split_special_tokens=True, clean_up_tokenization_spaces=False, **names
+    )
+
+
+def _read_proto(model_file: Path):
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
+    proto.ParseFromString(Path(model_file).read_bytes())
+    return proto
+
+
+def _user_defined_symbols(proto) -> list[str]:
+    return [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+
+
+def _special_names(proto) -> dict[str, str]:
+    """``{"bos_token": "<s>", ...}`` for the special pieces the model has."""
+    spec = proto.trainer_spec
+    ids = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
+    return {name: proto.pieces[i].piece for name, i in ids.items() if 0 <= i < len(proto.pieces)}
+
+
+def _normalizers(proto) -> list:
+    spec, steps = proto.normalizer_spec, []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex("^ +| +$"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", _SPACE))
+    return steps
+
+
+def _unigram(proto) -> models.Unigram:
+    """Scores as SentencePiece uses them; pieces that text must never match get one no path would choose."""
+    normal = [piece.score for piece in proto.pieces if piece.type == _NORMAL]
+    low, high = min(normal), max(normal)
+    never = 8 * low - 100  # worse than spelling the longest such name, "<0x0A>", in the worst single pieces
+
+    def score(piece) -> float:
+        if piece.type == _USER_DEFINED:
+            return len(piece.piece) * high - 0.1  # unigram_model.cc, PopulateNodes
+        return piece.score if piece.type == _NORMAL else never
+
+    vocab = [(piece.piece, score(piece)) for piece in proto.pieces]
+    return models.Unigram(vocab, proto.trainer_spec.unk_id, proto.trainer_spec.byte_fallback)
+
+
+def _bpe(proto, has_symbols: bool) -> models.BPE:
+    """Every split of a piece into two pieces is a merge, the best-scored piece first (bpe_model.cc, Encode)."""
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == _NORMAL}
+    merges = []
+    for piece in sorted(scores, key=lambda p: (-scores[p], vocab[p])):
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        held = [split for split in splits if split[0] in scores and split[1] in scores]
+        merges.extend(sorted(held, key=lambda split: (vocab[split[0]], vocab[split[1]])))
+    spec = proto.trainer_spec
+    return models.BPE(
+        vocab=vocab,
+        merges=merges,
+        unk_token=proto.pieces[spec.unk_id].piece,
+        fuse_unk=True,
+        byte_fallback=spec.byte_fallback,
+        ignore_merges=has_symbols,  # an isolated user-defined symbol is one token though no merge makes it
+    )

@@ -1,0 +1,218 @@
+"""Group records (JSON Lines, JSON, Parquet, Arrow) to a token store for training."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from tqdm import tqdm
+
+from megatron_groupdpo.data import partition, tokenize
+from megatron_groupdpo.data.counts import summary_table
+from megatron_groupdpo.data.files import count_records, expand_inputs
+from megatron_groupdpo.data.prepare import PreprocessOptions
+from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions
+from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.errors import ConfigError, UserError
+
+EXAMPLE = """\
+example:
+  python tools/preprocess_data.py --input data/groups.jsonl --output data/groups.store \\
+      --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/hf_folder \\
+      --seq-length 2048 --partition topk --positives 8 --negatives 8
+
+The summary at the end says what was kept, dropped and truncated, and why.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="preprocess_data.py",
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="files, folders, globs, or hf:OWNER/NAME[:SPLIT]; .gz and .zst are read too",
+    )
+    files.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="the token store to make")
+    files.add_argument("--overwrite", action="store_true", help="replace an existing token store")
+    files.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tokenizing processes; the result does not depend on it (default 1)",
+    )
+
+    records = parser.add_argument_group("records")
+    names = ", ".join(schema.name for schema in SCHEMAS)
+    records.add_argument(
+        "--schema",
+        default="auto",
+        metavar="NAME",
+        help=f"auto (default), or one of: {names}. sft is for single answers, never detected",
+    )
+    records.add_argument(
+        "--score-weights",
+        nargs="+",
+        metavar="NAME=WEIGHT",
+        help="which of several scores make a response's value, and how much each counts",
+    )
+    records.add_argument(
+        "--on-bad-record",
+        default="error",
+        metavar="{error,drop}",
+        help="a record that breaks its schema's rules: stop (default), or drop and count it",
+    )
+
+    sides = parser.add_argument_group("positives and negatives")
+    sides.add_argument(
+        "--partition",
+        default="label",
+        metavar=_choices(partition.PartitionRule),
+        help="label (default): as the data say; topk: the best values against the worst; threshold; "
+        "mean: above against below the group's mean; rank: the best value against the rest",
+    )
+    sides.add_argument("--positives", type=int, metavar="K", help="best responses to take (topk)")
+    sides.add_argument("--negatives", type=int, metavar="K", help="worst responses to take (topk)")
+    sides.add_argument("--threshold", type=float, metavar="X", help="a value >= X is positive (threshold)")
+    sides.add_argument(
+        "--one-sided",
+        default="drop",
+        metavar=_choices(partition.OneSided),
+        help="groups without a positive or a negative: drop (default), keep the ones with "
+        "positives for the NLL term, or stop",
+    )
+
+    tokens = parser.add_argument_group("tokens")
+    tokens.add_argument(
+        "--tokenizer-type",
+        required=True,
+        metavar="TYPE",
+        help="SentencePieceTokenizer (or GPTSentencePieceTokenizer) or HuggingFaceTokenizer",
+    )
+    tokens.add_argument(
+        "--tokenizer-model",
+        required=True,
+        metavar="PATH",
+        help="a SentencePiece .model file; a Hugging Face folder or hub name",
+    )
+    tokens.add_argument("--chat-template", metavar="FILE", help="a Jinja file in place of the tokenizer's own")
+    tokens.add_argument(
+        "--apply-chat-template", action="store_true", help="wrap plain-text prompts and responses as chat turns"
+    )
+    tokens.add_argument(
+        "--add-bos",
+        default="auto",
+        metavar=_choices(tokenize.AddBos),
+        help="beginning token before plain text (default auto: as the tokenizer does)",
+    )
+    tokens.add_argument(
+        "--seq-length", type=int, required=True, metavar="N", help="most tokens of prompt and response together"
+    )
+    tokens.add_argument(
+        "--length-policy",
+        default="drop",
+        metavar=_choices(tokenize.LengthPolicy),
+        help="a response that does not fit: drop it (default), cut the prompt from the left, "
+        "cut the response's end, or stop",
+    )
+    tokens.add_argument(
+        "--prefix-mismatch",
+        default="drop",
+        metavar=_choices(tokenize.PrefixMismatch),
+        help="a chat template under which the prompt is no prefix: drop the response (default) or stop",
+    )
+    return parser  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that clean-up runs
+    try:
+        return _run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Here, because worker processes import this file and need nothing of what this brings in.
+    from megatron_groupdpo.data.preprocess import preprocess
+
+    options = PreprocessOptions(
+        tokenizer=TokenizerOptions(
+            kind=args.tokenizer_type, model=args.tokenizer_model, chat_template=args.chat_template
+        ),
+        tokenize=tokenize.TokenizeOptions(
+            seq_length=args.seq_length,
+            length_policy=args.length_policy,
+            add_bos=args.add_bos,
+            apply_chat_template=args.apply_chat_template,
+            prefix_mismatch=args.prefix_mismatch,
+        ),
+        partition=partition.Partition(
+            rule=args.partition,
+            positives=args.positives,
+            negatives=args.negatives,
+            threshold=args.threshold,
+            one_sided=args.one_sided,
+        ),
+        schema=args.schema,
+        schema_options=SchemaOptions(score_weights=_weights(args.score_weights)),
+        on_bad_record=args.on_bad_record,
+    )
+    sizes = [count_records(source) for source in expand_inputs(args.input)]
+    total = None if None in sizes else sum(size or 0 for size in sizes)
+    with tqdm(total=total, unit=" groups", desc="preprocess", mininterval=0.5) as bar:
+        report = preprocess(
+            args.input,
+            args.output,
+            options,
+            overwrite=args.overwrite,
+            workers=args.workers,
+            on_schema=lambda source, schema: bar.write(f"{source}: schema {schema.name}", file=sys.stderr),
+            on_progress=bar.update,
+        )
+    print(summary_table(report.counts))
+    print(f"token store: {args.output} (digest {report.digest[:16]})")
+    return 0
+
+
+def _weights(given: Sequence[str] | None) -> dict[str, float] | None:
+    if given is None:
+        return None
+    weights = {}
+    for item in given:
+        name, _, weight = item.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ConfigError(f"--score-weights takes NAME=WEIGHT, got {item!r}; for example helpfulness=1.0")
+    return weights
+
+
+def _choices(literal: object) -> str:
+    return "{" + ",".join(get_args(literal)) + "}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
