@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from megatron_groupdpo.config.derived import (
+    data_parallel_size,
+    lr_decay_iters,
+    lr_warmup_iters,
+    objective_hyperparameters,
+    train_iters,
+)
+from megatron_groupdpo.config.load import load_config, to_yaml
 from megatron_groupdpo.config.machine_sections import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.run_sections import (
     CheckpointConfig,
     DataConfig,
@@ -12,8 +21,10 @@ from megatron_groupdpo.config.run_sections import (
     TrainingConfig,
 )
 from megatron_groupdpo.config.train_config import TrainConfig
+from megatron_groupdpo.config.validate import validate
 
 __all__ = [
+    "NOT_YET",
     "CheckpointConfig",
     "DataConfig",
     "LoggingConfig",
@@ -24,4 +35,12 @@ __all__ = [
     "PrecisionConfig",
     "TrainConfig",
     "TrainingConfig",
+    "data_parallel_size",
+    "load_config",
+    "lr_decay_iters",
+    "lr_warmup_iters",
+    "objective_hyperparameters",
+    "to_yaml",
+    "train_iters",
+    "validate",
 ]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal
 
 from megatron_groupdpo.config.bounds import (
     Fraction,
@@ -14,6 +14,18 @@ from megatron_groupdpo.config.bounds import (
     ProperFraction,
 )
 from megatron_groupdpo.objectives import OBJECTIVES
+
+
+def hyperparameter(name: str) -> Any:
+    """A field for an objective's option; unset means the objective's own default, which stays in its file."""
+    users: dict[str, list[str]] = {}
+    for objective in OBJECTIVES.values():
+        for option in fields(objective.hyperparameters):
+            if option.name == name and option.default is not MISSING:
+                users.setdefault(str(option.default), []).append(objective.name)
+    assert users, f"no objective has an option {name!r}"
+    unset = "; ".join(f"{default} for {', '.join(names)}" for default, names in users.items())
+    return field(default=None, metadata={"unset": f"{unset}; refused for other objectives"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,18 +71,18 @@ class ObjectiveConfig:
     """log pi_ref read from reference_logprobs; computed by a second model; or, for objectives without one, none."""
     reference_logprobs: str | None = None
     """Store of reference log-probabilities (cached)."""
-    label_smoothing: float | None = None
-    """Hyperparameter of all_pairs, margin, dpo, simpo_pairs: probability in [0, 0.5) of a flipped preference."""
-    pair_selection: Literal["best_worst", "random"] | None = None
-    """Hyperparameter of dpo: the pair of a group, by value or drawn anew in every epoch."""
-    weight_exponent: float | None = None
-    """Hyperparameter of weighted_mpo: weights are exp(this x distance of the value from the group's mean)."""
-    psi_scaling: Literal["group", "none"] | None = None
-    """Hyperparameter of lipo_lambda: values scaled to [0, 1] in each group, or taken as they are."""
-    value_temperature: float | None = None
-    """Hyperparameter of info_nca, nca: targets are softmax(values / this)."""
-    simpo_gamma: float | None = None
-    """Hyperparameter of simpo_pairs: target margin between the scores of a pair."""
+    label_smoothing: float | None = hyperparameter("label_smoothing")
+    """Probability in [0, 0.5) that a preference is flipped (conservative DPO)."""
+    pair_selection: Literal["best_worst", "random"] | None = hyperparameter("pair_selection")
+    """The pair of a group: by value, or drawn anew in every epoch."""
+    weight_exponent: float | None = hyperparameter("weight_exponent")
+    """Weights are exp(this x distance of the value from the group's mean)."""
+    psi_scaling: Literal["group", "given"] | None = hyperparameter("psi_scaling")
+    """Values scaled to [0, 1] in each group, or taken as they are."""
+    value_temperature: float | None = hyperparameter("value_temperature")
+    """Targets are softmax(values / this)."""
+    simpo_gamma: float | None = hyperparameter("simpo_gamma")
+    """Target margin between the scores of a pair."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,25 +33,25 @@ from megatron_groupdpo.objectives.base import (
 class LipoLambdaHyperparameters:
     """Hyperparameters of ``lipo_lambda``."""
 
-    psi_scaling: Literal["group", "none"] = "group"
-    """group: psi is the value scaled so that the group spans [0, 1]. none: psi is the value, which must be in
+    psi_scaling: Literal["group", "given"] = "group"
+    """group: psi is the value scaled so that the group spans [0, 1]. given: psi is the value, which must be in
     [0, 1] already."""
 
     def __post_init__(self) -> None:
-        if self.psi_scaling not in ("group", "none"):
-            raise ConfigError(f"psi_scaling must be group or none; it is {self.psi_scaling!r}.")
+        if self.psi_scaling not in ("group", "given"):
+            raise ConfigError(f"psi_scaling must be group or given; it is {self.psi_scaling!r}.")
 
 
 def psi_of_values(groups: Groups, hyperparameters: LipoLambdaHyperparameters) -> Tensor:
     """[G, K] float64 in [0, 1]; 0 in padding cells.
 
     Raises:
-        UserError: with ``psi_scaling`` none, a value lies outside [0, 1].
+        UserError: with ``psi_scaling`` given, a value lies outside [0, 1].
     """
     members_GK, values_GK = groups.members_GK, groups.values_GK
-    if hyperparameters.psi_scaling == "none":
+    if hyperparameters.psi_scaling == "given":
         if bool((members_GK & ((values_GK < 0) | (values_GK > 1))).any()):
-            raise UserError("psi_scaling 'none' needs values in [0, 1]; scale the values or use psi_scaling 'group'.")
+            raise UserError("psi_scaling 'given' needs values in [0, 1]; scale the values or use psi_scaling 'group'.")
         return values_GK.masked_fill(~members_GK, 0.0)
     lowest_G = values_GK.masked_fill(~members_GK, math.inf).amin(1)
     highest_G = values_GK.masked_fill(~members_GK, -math.inf).amax(1)

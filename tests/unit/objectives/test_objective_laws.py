@@ -37,7 +37,7 @@ CASES = [
     ("weighted_mpo", {"weight_exponent": 0.3}),
     ("plackett_luce", {}),
     ("lipo_lambda", {}),
-    ("lipo_lambda", {"psi_scaling": "none"}),
+    ("lipo_lambda", {"psi_scaling": "given"}),
     ("info_nca", {}),
     ("info_nca", {"value_temperature": 0.4}),
     ("nca", {}),

@@ -74,7 +74,7 @@ def test_values_must_be_given_where_they_are_read():
 
 def test_psi_outside_the_unit_interval_is_refused_unless_scaled():
     with refused(UserError, "[0, 1]", "psi_scaling 'group'"):
-        group_loss("lipo_lambda", SCORES, LABELS, torch.tensor([[3.0, 1.0]]), psi_scaling="none")
+        group_loss("lipo_lambda", SCORES, LABELS, torch.tensor([[3.0, 1.0]]), psi_scaling="given")
 
 
 def test_random_pairs_need_group_keys():

@@ -1,0 +1,138 @@
+"""From a YAML file and flags to a configuration, and back to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_groupdpo.config.convert import convert
+from megatron_groupdpo.config.flags import parse_flags
+from megatron_groupdpo.config.options import did_you_mean, nearest, options, sections
+from megatron_groupdpo.config.train_config import TrainConfig
+from megatron_groupdpo.errors import ConfigError
+
+
+def load_config(argv: Sequence[str]) -> TrainConfig:
+    """The configuration of a training run from its command line (without the program's name).
+
+    Types and ranges are checked here; what fields must be together, in :func:`validate`, once the world size is
+    known. ``--help`` prints the help and exits.
+
+    Raises:
+        ConfigError: an unknown key or flag, a value that does not fit its field, a required field not given, or
+            a file that cannot be read.
+    """
+    return load(TrainConfig, argv)
+
+
+def load[C](config_class: type[C], argv: Sequence[str]) -> C:
+    """As :func:`load_config`, for any class made of sections."""
+    path, flags = parse_flags(config_class, argv)
+    given = read_yaml(config_class, Path(path)) if path is not None else {}
+    for option in options(config_class):
+        if option.name in flags:
+            value = convert(flags[option.name], option.hint, where=option.flag, choices=option.choices)
+            given[option.section, option.name] = value
+    missing = [o for o in options(config_class) if o.required and (o.section, o.name) not in given]
+    if missing:
+        names = ", ".join(f"{o.name} ({o.section})" for o in missing)
+        raise ConfigError(f"required and not given: {names}. Set them in the --config file or as flags.")
+    return config_class(
+        **{
+            section: section_class(**{name: value for (s, name), value in given.items() if s == section})
+            for section, section_class in sections(config_class).items()
+        }
+    )
+
+
+def to_yaml(config: Any) -> str:
+    """The whole configuration, defaults included, as YAML that loads to an equal one."""
+    plain = {
+        section.name: {
+            field.name: list(value) if isinstance(value, tuple) else value
+            for field in dataclasses.fields(getattr(config, section.name))
+            for value in [getattr(getattr(config, section.name), field.name)]
+        }
+        for section in dataclasses.fields(config)
+    }
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(config_class: type, path: Path) -> dict[tuple[str, str], Any]:
+    """``(section, field)`` to converted value, for what the file sets.
+
+    Raises:
+        ConfigError: with ``file:line`` where the file breaks a rule.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    loader = yaml.SafeLoader(text)
+    try:
+        # Nodes, not plain dicts: they know their lines, and show a key that is given twice.
+        root = loader.get_single_node()
+        given: dict[tuple[str, str], Any] = {}
+        for line, section, body in _entries(loader, root, path, "the file"):
+            if section not in sections(config_class):
+                raise ConfigError(f"{path}:{line}: {_unknown_section(config_class, section)}")
+            for line, name, node in _entries(loader, body, path, f"section {section!r}"):
+                option = next((o for o in options(config_class) if (o.section, o.name) == (section, name)), None)
+                if option is None:
+                    raise ConfigError(f"{path}:{line}: {_unknown_key(config_class, section, name)}")
+                given[section, name] = convert(
+                    loader.construct_object(node, deep=True),
+                    option.hint,
+                    where=f"{path}:{line}: {name!r} in {section!r}",
+                    choices=option.choices,
+                )
+        return given
+    except yaml.YAMLError as error:
+        line = f":{mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{path}{line}: not valid YAML: {problem}") from error
+    finally:
+        loader.dispose()
+
+
+def _entries(
+    loader: yaml.SafeLoader, node: yaml.Node | None, path: Path, what: str
+) -> list[tuple[int, str, yaml.Node]]:
+    """``(line, key, value)`` of a mapping; empty for nothing at all."""
+    if node is None or (isinstance(node, yaml.ScalarNode) and loader.construct_object(node) is None):
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}:{node.start_mark.line + 1}: {what} must be a mapping of names to values.")
+    found: list[tuple[int, str, yaml.Node]] = []
+    for key_node, value_node in node.value:
+        line, key = key_node.start_mark.line + 1, str(loader.construct_object(key_node, deep=True))
+        if first := next((earlier for earlier, name, _ in found if name == key), None):
+            raise ConfigError(f"{path}:{line}: {key!r} is given twice in {what}, first in line {first}.")
+        found.append((line, key, value_node))
+    return found
+
+
+def _unknown_section(config_class: type, section: str) -> str:
+    owner = next((o.section for o in options(config_class) if o.name == section), None)
+    if owner:
+        return f"{section!r} is not a section but a field of section {owner!r}; write it there."
+    known = sections(config_class)
+    return f"unknown section {section!r}" + did_you_mean(
+        section, known, otherwise=f"; the sections are: {', '.join(known)}."
+    )
+
+
+def _unknown_key(config_class: type, section: str, name: str) -> str:
+    """The message for a key that its section does not have."""
+    said = f"unknown key {name!r} in {section!r}"
+    owners = {option.name: option.section for option in options(config_class)}
+    if name in owners:
+        return f"{said}; it belongs in section {owners[name]!r}."
+    own = [known for known, owner in owners.items() if owner == section]
+    if not nearest(name, own) and (close := nearest(name, owners)):
+        return f"{said}; did you mean {close!r} in section {owners[close]!r}?"
+    return said + did_you_mean(name, own, otherwise=f"; its keys are: {', '.join(own)}.")

@@ -1,0 +1,53 @@
+"""Fields that are accepted by name and refused by value, because nothing acts on them yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotYet:
+    """One refusal."""
+
+    field: str
+    """``section.name``."""
+    refused: Callable[[Any], bool]
+    """Which values are refused."""
+    reason: str
+    """What is missing, and the way out."""
+
+
+NOT_YET = (
+    NotYet(
+        field="parallel.context_parallel_size",
+        refused=lambda size: size > 1,
+        reason="sequences are not split over ranks yet; set it to 1",
+    ),
+    NotYet(
+        field="parallel.virtual_pipeline_model_parallel_size",
+        refused=lambda chunks: chunks is not None,
+        reason="the interleaved schedule is not supported yet; leave it out",
+    ),
+    NotYet(
+        field="parallel.expert_model_parallel_size",
+        refused=lambda size: size > 1,
+        reason="mixtures of experts are not supported yet; set it to 1",
+    ),
+    NotYet(
+        field="precision.fp8_format",
+        refused=lambda fp8_format: fp8_format is not None,
+        reason="FP8 is not supported yet; leave it out and use bf16",
+    ),
+    NotYet(
+        field="training.max_tokens_per_microbatch",
+        refused=lambda tokens: tokens is not None,
+        reason="packing is not supported yet; use micro_batch_size",
+    ),
+    NotYet(
+        field="objective.reference",
+        refused=lambda reference: reference == "resident",
+        reason="a second model in memory is not supported yet; use cached",
+    ),
+)
