@@ -8,7 +8,7 @@ model's own specification:
     precompiled character map, whitespace rules     normalizers
     user-defined symbols, matched first             Split (isolated), then the model
     unigram / BPE, byte fallback, fused unknowns    Unigram / BPE
-    control symbols are never read from text        added special tokens with ``split_special_tokens``
+    control symbols are never read from text        ``split_special_tokens``, and cuts inside their names
 
 Equal ids were found for unigram and BPE, with and without byte fallback, dummy prefix, user-defined symbols,
 and for the identity and nmt_nfkc character maps with extra whitespace removed. Refused: whitespace as suffix,
@@ -49,7 +49,7 @@ def export_to_hugging_face(model_file: Path, folder: Path, *, add_bos: bool, cha
     hugging_face = build_fast_tokenizer(model_file, add_bos=add_bos)
     hugging_face.chat_template = chat_template
     symbols = _user_defined_symbols(_read_proto(model_file))
-    for probe in [*_PROBES, *(f"a{symbol}b {symbol}\n" for symbol in symbols[:32])]:
+    for probe in [*_PROBES, *(f"a{symbol}b </s>{symbol}</s>{symbol}\n" for symbol in symbols[:32])]:
         expected = processor.encode(probe)
         got = hugging_face.encode(probe, add_special_tokens=False)
         if expected != got:
@@ -76,11 +76,9 @@ def build_fast_tokenizer(model_file: Path, *, add_bos: bool) -> PreTrainedTokeni
     steps = _normalizers(proto)
     if steps:
         tokenizer.normalizer = normalizers.Sequence(steps)
-    if symbols:
-        # SentencePiece cuts these out before the model sees the text, the longest first.
-        longest_first = sorted((s.replace(" ", _SPACE) for s in symbols), key=len, reverse=True)
-        pattern = Regex("|".join(re.escape(symbol) for symbol in longest_first))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    splits = _splits(proto, symbols)
+    if splits:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
     decoder = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
         decoder.append(decoders.Strip(" ", left=1))
@@ -130,6 +128,50 @@ def _normalizers(proto) -> list:
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", _SPACE))
     return steps
+
+
+def _splits(proto, symbols: list[str]) -> list:
+    """Cuts that make the model see text as SentencePiece's does."""
+    splits = []
+    if symbols:
+        # SentencePiece takes user-defined symbols out before the model runs, the longest first.
+        longest_first = sorted((s.replace(" ", _SPACE) for s in symbols), key=len, reverse=True)
+        pattern = Regex("|".join(re.escape(symbol) for symbol in longest_first))
+        splits.append(pre_tokenizers.Split(pattern, behavior="isolated"))
+    # BPE reaches a name only by ``ignore_merges``, see ``_bpe``
+    reachable = proto.trainer_spec.model_type == _UNIGRAM or symbols
+    if reachable and (tails := _cuts_inside_special_names(proto)):
+        heads = "|".join(f"{re.escape(head)}(?={'|'.join(map(re.escape, tails[head]))})" for head in sorted(tails))
+        splits.append(pre_tokenizers.Split(Regex(heads), behavior="merged_with_previous"))
+    return splits
+
+
+def _cuts_inside_special_names(proto) -> dict[str, list[str]]:
+    """``{head: [tail, ...]}``: where to cut the names of control, unknown and byte pieces when they occur in text.
+
+    Their names stand in the vocabulary of ``tokenizers``, so a model would match ``</s>`` written in a text;
+    SentencePiece reads it as plain characters. A cut between two characters that no ordinary piece holds side by
+    side prevents the match and changes nothing else. Where every such pair occurs in some piece, all the
+    characters are known, and the score of the name (see ``_unigram``) keeps it from being chosen.
+    """
+    normal = [piece.piece for piece in proto.pieces if piece.type == _NORMAL]
+    pairs = {name[i : i + 2] for name in normal for i in range(len(name) - 1)}
+    known = {name for name in normal if len(name) == 1}
+
+    def is_free(pair: str) -> bool:
+        # two unknown characters in a row become one unknown token, which a cut would make two
+        fuses = not proto.trainer_spec.byte_fallback and not known & set(pair)
+        return pair not in pairs and not fuses
+
+    tails: dict[str, list[str]] = {}
+    for piece in proto.pieces:
+        name = piece.piece
+        if piece.type in (_NORMAL, _USER_DEFINED):
+            continue
+        cut = next((i for i in range(1, len(name)) if is_free(name[i - 1 : i + 1])), None)
+        if cut is not None:
+            tails.setdefault(name[:cut], []).append(name[cut:])
+    return tails
 
 
 def _unigram(proto) -> models.Unigram:

@@ -20,9 +20,8 @@ def matches(record: Record) -> bool:
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError on a missing field, lists of different lengths, or a score that is no number."""
     if "all_generated_responses" in record:
-        texts_key, values_key = "all_generated_responses", "all_rm_scores"
-        if values_key not in record:
-            values_key = "scores"
+        texts_key = "all_generated_responses"
+        values_key = "scores" if "all_rm_scores" not in record and "scores" in record else "all_rm_scores"
     else:
         texts_key, values_key = "responses", "rewards"
     prompt = fields.text(fields.field(record, "prompt", where), "prompt", where)

@@ -1,0 +1,113 @@
+"""Every readable kind gives the same records; every unreadable one says where and why."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import zstandard
+
+from megatron_groupdpo.data.files import count_records, expand_inputs, read_records
+from megatron_groupdpo.errors import DataError
+
+RECORDS = [{"prompt": f"é {i}", "responses": ["a", "b"], "rewards": [0.5, float(i)]} for i in range(5)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
+
+
+def write_all_kinds(folder: Path) -> None:
+    (folder / "a.jsonl").write_text(LINES)
+    (folder / "b.json").write_text(json.dumps(RECORDS, indent=2))
+    (folder / "c.json").write_text(LINES)
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (folder / "e.jsonl.zst").write_bytes(zstandard.compress(LINES.encode()))
+    (folder / "f.json.gz").write_bytes(gzip.compress(json.dumps(RECORDS).encode()))
+    (folder / "g.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n\r\n").encode())
+    dataset = datasets.Dataset.from_list(RECORDS)
+    dataset.to_parquet(folder / "h.parquet")
+    dataset.save_to_disk(folder / "saved")
+    (folder / "saved" / "data-00000-of-00001.arrow").rename(folder / "i.arrow")
+
+
+def test_every_kind_gives_the_same_records(tmp_path: Path):
+    write_all_kinds(tmp_path)
+    sources = [source for source in expand_inputs([str(tmp_path)]) if not source.startswith(str(tmp_path / "saved"))]
+    assert [Path(source).name[0] for source in sources] == list("abcdefghi")
+    for source in sources:
+        assert [record for record, _ in read_records(source)] == RECORDS, source
+
+
+def test_a_saved_dataset_is_one_source(tmp_path: Path):
+    datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
+    (source,) = expand_inputs([str(tmp_path / "saved")])
+    assert [record for record, _ in read_records(source)] == RECORDS
+
+
+def test_globs_and_folders_are_read_in_name_order(tmp_path: Path):
+    for name in ("b.jsonl", "a.jsonl", "notes.txt"):
+        (tmp_path / name).write_text(LINES)
+    expected = (str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"))
+    assert expand_inputs([str(tmp_path)]) == expected
+    assert expand_inputs([str(tmp_path / "*.jsonl")]) == expected
+
+
+def test_a_place_is_file_and_line(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n" + LINES)
+    assert [where for _, where in read_records(str(path))] == [f"{path}:{line}" for line in range(2, 7)]
+
+
+def test_counts_where_they_are_cheap(tmp_path: Path):
+    write_all_kinds(tmp_path)
+    assert count_records(str(tmp_path / "a.jsonl")) == 5
+    assert count_records(str(tmp_path / "h.parquet")) == 5
+    assert count_records(str(tmp_path / "d.jsonl.gz")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl: the file holds no record"),
+        ("a.jsonl", b"\n \n", "a.jsonl: the file holds no record"),
+        ("a.json", b"[]", "a.json: the file holds no record"),
+        ("a.json", b"", "a.json: the file holds no record"),
+        ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2: broken JSON"),
+        ("a.json", b'[{"a": 1}, {', "a.json: broken JSON"),
+        ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl:2: a record must be a JSON object, got list"),
+        ("a.jsonl", b'{"a": "\xff"}\n', "a.jsonl:1: must be UTF-8"),
+        ("a.jsonl", b"[" * 200_000, "a.jsonl:1: broken JSON"),
+        ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], "a.jsonl.gz: the archive is cut short"),
+        ("a.jsonl.gz", b"no archive", "a.jsonl.gz: the archive is cut short or damaged"),
+        ("a.jsonl.zst", b"no archive", "a.jsonl.zst: the archive is cut short or damaged"),
+        ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as parquet"),
+        ("a.arrow", b"no arrow", "a.arrow: cannot be read as arrow"),
+    ],
+)
+def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        list(read_records(str(tmp_path / name)))
+    assert str(caught.value).startswith(f"{tmp_path}/{message}")
+
+
+@pytest.mark.parametrize("cut", [30, 60])
+def test_a_truncated_zstd_archive_is_refused(tmp_path: Path, cut: int):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(LINES.encode() * 50)[:cut])
+    with pytest.raises(DataError, match=r"a\.jsonl\.zst"):
+        list(read_records(str(path)))
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path):
+    for given, message in [
+        (tmp_path / "none.jsonl", "no such file or folder"),
+        (tmp_path / "*.jsonl", "matches no file"),
+        (tmp_path, "found none"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            expand_inputs([str(given)])
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match="unknown kind of file"):
+        expand_inputs([str(tmp_path / "a.txt")])
