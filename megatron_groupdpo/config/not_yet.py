@@ -26,11 +26,6 @@ NOT_YET = (
         reason="sequences are not split over ranks yet; set it to 1",
     ),
     NotYet(
-        field="parallel.virtual_pipeline_model_parallel_size",
-        refused=lambda chunks: chunks is not None,
-        reason="the interleaved schedule is not supported yet; leave it out",
-    ),
-    NotYet(
         field="parallel.expert_model_parallel_size",
         refused=lambda size: size > 1,
         reason="mixtures of experts are not supported yet; set it to 1",
@@ -44,10 +39,5 @@ NOT_YET = (
         field="training.max_tokens_per_microbatch",
         refused=lambda tokens: tokens is not None,
         reason="packing is not supported yet; use micro_batch_size",
-    ),
-    NotYet(
-        field="objective.reference",
-        refused=lambda reference: reference == "resident",
-        reason="a second model in memory is not supported yet; use cached",
     ),
 )

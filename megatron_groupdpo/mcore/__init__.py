@@ -1,1 +1,11 @@
 """Everything that touches Megatron-Core; the only folder that imports megatron."""
+
+import logging
+import warnings
+
+# Importing Megatron warns, module by module, that Transformer Engine and Apex are absent, and torch's extension
+# builder that there is no CUDA; `python -m megatron_groupdpo.doctor` says so once, with what it means.
+for _what in ("Transformer Engine and Apex are not installed", "Apex is not installed", ".* is experimental"):
+    warnings.filterwarnings("ignore", message=_what, category=UserWarning)
+warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

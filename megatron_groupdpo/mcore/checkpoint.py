@@ -176,7 +176,9 @@ def check_same_model(folder: Path, common: Mapping[str, Any], model: Mapping[str
         if saved.get(name) != value
     ]
     if differ:
-        raise CheckpointError(f"{folder} is a checkpoint of another model ({'; '.join(differ)}); make the model section agree")
+        raise CheckpointError(
+            f"{folder} is a checkpoint of another model ({'; '.join(differ)}); make the model section agree"
+        )
 
 
 def _optimizer_kind(optimizer: MegatronOptimizer | None) -> str | None:
@@ -192,9 +194,7 @@ def _unwrapped(chunk: Any) -> Any:
     return chunk
 
 
-def _sharded_state(
-    chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *, is_loading: bool
-) -> dict[str, Any]:
+def _sharded_state(chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     # Tensor keys are global names; the outer key only tells the chunks of one rank apart.
     state: dict[str, Any] = {
         f"model{index}": _unwrapped(chunk).sharded_state_dict(metadata=_METADATA) for index, chunk in enumerate(chunks)
@@ -210,7 +210,7 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
         _prepare_torch_adam(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=True)
     _check_shapes(folder, state)
-    loaded = dist_checkpointing.load(state, str(folder))
+    loaded: Any = dist_checkpointing.load(state, str(folder))
     for index, chunk in enumerate(chunks):
         _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
     if optimizer is not None:

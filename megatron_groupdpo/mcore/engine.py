@@ -40,7 +40,7 @@ class MegatronEngine:
 
     def __init__(
         self,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[Any],
         config: TransformerConfig,
         ranks: Ranks,
         *,
@@ -54,8 +54,8 @@ class MegatronEngine:
         self.log_probs_chunk_size = log_probs_chunk_size
         if isinstance(self.chunks[0], DistributedDataParallel):
             config.finalize_model_grads_func = _finalize_without_rescaling
-            no_sync = [chunk.no_sync for chunk in self.chunks]
             # The schedule holds back the gradient reduction until the last microbatch of each chunk.
+            no_sync: Any = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def score(self, microbatches: Sequence[Microbatch], num_responses: int) -> Tensor | None:
@@ -69,7 +69,10 @@ class MegatronEngine:
     ) -> Tensor | None:
         """See :class:`Engine`. One forward-backward schedule call; each response is a weighted likelihood."""
         for chunk in self.chunks:
-            chunk.zero_grad_buffer()  # type: ignore[operator]
+            chunk.zero_grad_buffer()
+            # The float32 optimizer hangs views of the buffers on param.grad; left there, autograd would add into them
+            # and Megatron's hook would then count the gradient twice.
+            chunk.zero_grad(set_to_none=True)
         parts = self._run(microbatches, _WeightedLogProbs(weights, cp_group=self.ranks.cp_group), forward_only=False)
         return self._gather(parts, num_responses)
 

@@ -102,8 +102,7 @@ def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: in
     """Layers from Megatron-Core and PyTorch alone, with our norm and attention."""
     norm = norm_class(model.normalization)
     submodules = get_gpt_layer_local_submodules(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
-    attention = submodules.self_attention
-    assert isinstance(attention, ModuleSpec)
+    attention: Any = submodules.self_attention
     replaced: dict[str, Any] = {"core_attention": SdpaAttention}
     if model.qk_layernorm:
         replaced |= {"q_layernorm": norm, "k_layernorm": norm}
@@ -163,6 +162,15 @@ def build_model(
             vp_stage=vp_stage,
         )
         chunks.append(chunk.to(torch.cuda.current_device()))
+    return chunks
+
+
+def wrap_for_inference(chunks: list[torch.nn.Module], config: TransformerConfig) -> list[torch.nn.Module]:
+    """Half precision where asked; no gradients."""
+    if config.bf16:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    for chunk in chunks:
+        chunk.requires_grad_(False)
     return chunks
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -71,17 +73,10 @@ class Updater:
         self.optimizer = optimizer
         self.schedule = schedule
 
-    def prepare(self) -> None:
-        """Forget the last step's gradient; called before the backward pass.
-
-        The gradient buffers are zeroed by the engine. Here it is the views of them that the float32 optimizer hung on
-        ``param.grad``: left there, the next backward would add into them and count the gradient twice.
-        """
-        self.optimizer.zero_grad()
-
     def step(self, num_groups: int) -> float:
         """One update over a batch of ``num_groups`` groups; the gradient norm before clipping."""
-        updated, grad_norm, _ = self.optimizer.step()
+        outcome: Any = self.optimizer.step()
+        updated, grad_norm, _ = outcome
         assert updated, "only a dynamic loss scale skips updates, and there is none"
         self.schedule.step(increment=num_groups)
         return float(grad_norm)
@@ -89,4 +84,5 @@ class Updater:
     @property
     def lr(self) -> float:
         """Learning rate of the next update."""
-        return self.optimizer.param_groups[0]["lr"]
+        groups: Any = self.optimizer.param_groups
+        return float(groups[0]["lr"])

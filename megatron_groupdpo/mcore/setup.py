@@ -6,6 +6,7 @@ import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,13 +136,14 @@ def current_ranks(device: torch.device) -> Ranks:
     """The mesh as Megatron's parallel state has it now."""
     from megatron.core import parallel_state
 
+    state: Any = parallel_state  # its getters are annotated with what they return before initialisation
     return Ranks(
         device=device,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        pp_group=parallel_state.get_pipeline_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
-        cp_group=parallel_state.get_context_parallel_group(),
-        dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp_group=state.get_tensor_model_parallel_group(),
+        pp_group=state.get_pipeline_model_parallel_group(),
+        dp_group=state.get_data_parallel_group(),
+        cp_group=state.get_context_parallel_group(),
+        dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
     )
 
 

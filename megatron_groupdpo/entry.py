@@ -1,0 +1,37 @@
+"""What every command does around its work: one message per user error, a non-zero exit on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_groupdpo.errors import UserError
+
+
+def run_entry(work: Callable[[], None]) -> None:
+    """Run ``work``; a :class:`UserError` is printed without a traceback, once per node, and exits with 1."""
+    try:
+        work()
+    except UserError as error:
+        if _first_on_node(str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: other threads and process groups of a run that failed half-way must not hold the exit back.
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _first_on_node(message: str) -> bool:
+    """Whether no other rank of this launch has printed the message on this node."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    if launch is None or "RANK" not in os.environ:
+        return True
+    name = hashlib.sha256(f"{launch}|{os.getppid()}|{message}".encode()).hexdigest()[:16]
+    try:
+        (Path(tempfile.gettempdir()) / f"groupdpo-error-{name}").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True

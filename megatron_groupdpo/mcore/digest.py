@@ -1,0 +1,83 @@
+"""A digest of the weights that does not depend on the layout."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from torch import Tensor
+
+from megatron_groupdpo.mcore.init import sharded_tensors
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_ELEMENTS_AT_A_TIME = 1 << 22
+
+
+def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.device) -> str:
+    """Hash over every weight's name, dtype, shape and bits; 16 hex digits, equal on all ranks.
+
+    Each element contributes a hash of its place in the whole tensor times its bits, and contributions add up modulo
+    2^64, so shards may be cut and summed in any way. Rows that pad the vocabulary are left out: how many there are
+    depends on the tensor-parallel size.
+    """
+    total = torch.zeros((), dtype=torch.int64, device=device)
+    for shard in _own_shards(chunks):
+        total += _shard_hash(shard, vocab_size)
+    dist.all_reduce(total)
+    return f"{int(total) & (2**64 - 1):016x}"
+
+
+def count_parameters(chunks: Sequence[Any], *, device: torch.device) -> int:
+    """Parameters of the whole model, each counted once; equal on all ranks."""
+    total = torch.tensor(sum(math.prod(shard.local_shape) for shard in _own_shards(chunks)), device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def _own_shards(chunks: Sequence[Any]) -> Iterator[ShardedTensor]:
+    """Shards that this rank answers for: over all ranks, every element of every weight once."""
+    for chunk in chunks:
+        while hasattr(chunk, "module"):
+            chunk = chunk.module
+        yield from (shard for shard in sharded_tensors(chunk) if is_main_replica(shard.replica_id))
+
+
+def _shard_hash(shard: ShardedTensor, vocab_size: int) -> Tensor:
+    assert shard.data is not None
+    local = shard.data.detach().reshape(shard.local_shape)
+    shape = list(shard.global_shape[shard.prepend_axis_num :])
+    offsets = list(shard.global_offset[shard.prepend_axis_num :])
+    if shard.allow_shape_mismatch:  # set on vocabulary weights alone
+        local = local[: max(0, min(local.shape[0], vocab_size - offsets[0]))]
+        shape[0] = vocab_size
+    layer = tuple(shard.global_offset[: shard.prepend_axis_num])
+    seed = zlib.crc32(f"{shard.key}|{layer}|{tuple(shape)}|{local.dtype}".encode())
+    total = torch.zeros((), dtype=torch.int64, device=local.device)
+    places = _places(local.shape, shape, offsets, local.device)
+    bits = local.contiguous().view(_BITS[local.dtype]).flatten()
+    for start in range(0, bits.numel(), _ELEMENTS_AT_A_TIME):
+        part = slice(start, start + _ELEMENTS_AT_A_TIME)
+        total += (_mix(places[part] + (seed << 20)) * (2 * bits[part].to(torch.int64) + 1)).sum()
+    return total
+
+
+def _places(local_shape: Sequence[int], shape: Sequence[int], offsets: Sequence[int], device: torch.device) -> Tensor:
+    """Flat index in the whole tensor of each local element: [numel] int64."""
+    place = torch.zeros(tuple(local_shape), dtype=torch.int64, device=device)
+    stride = 1
+    for axis in reversed(range(len(local_shape))):
+        index = torch.arange(local_shape[axis], device=device, dtype=torch.int64) + offsets[axis]
+        place += (index * stride).reshape([-1 if a == axis else 1 for a in range(len(local_shape))])
+        stride *= shape[axis]
+    return place.flatten()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scramble int64, wrapping on overflow (constants of SplitMix64)."""
+    x = (x ^ (x >> 31)) * (0xBF58476D1CE4E5B9 - 2**64)
+    return (x ^ (x >> 29)) * (0x94D049BB133111EB - 2**64)

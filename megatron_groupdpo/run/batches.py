@@ -1,0 +1,96 @@
+"""Global batches of a run, in order: sampler, batch, plan, microbatches of this rank, reference log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_groupdpo import objectives
+from megatron_groupdpo.data.batch import build_batch
+from megatron_groupdpo.data.dataset import GroupDataset
+from megatron_groupdpo.data.planner import PlanOptions, build_microbatches, plan_batch
+from megatron_groupdpo.data.sampler import GroupSampler
+from megatron_groupdpo.reference.store import ReferenceLogProbs
+from megatron_groupdpo.step.coefficients import LossOptions
+from megatron_groupdpo.types import GroupBatch, Microbatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedBatch:
+    """A global batch with this data-parallel rank's part of the work."""
+
+    batch: GroupBatch
+    microbatches: list[Microbatch]
+    ref_logps_R: torch.Tensor
+    """[R] float64 on the host; zeros where nothing is read from disk."""
+    num_tokens: int
+    """Prompt and response tokens of the global batch, padding excluded."""
+    group_ids: list[int]
+
+
+class BatchSource:
+    """Makes the batch of any place in the order; every rank makes the same one."""
+
+    def __init__(
+        self,
+        dataset: GroupDataset,
+        group_ids: Sequence[int] | np.ndarray,
+        *,
+        loss: LossOptions,
+        plan: PlanOptions,
+        data_parallel_rank: int,
+        seed: int,
+        shuffle: bool,
+        reference: ReferenceLogProbs | None,
+    ) -> None:
+        self.dataset = dataset
+        self.group_ids = np.asarray(group_ids)
+        self.loss = loss
+        self.plan = plan
+        self.data_parallel_rank = data_parallel_rank
+        self.seed = seed
+        self.sampler = GroupSampler(len(self.group_ids), seed=seed, shuffle=shuffle)
+        self.reference = reference
+
+    def batch(self, consumed_groups: int, num_groups: int) -> PlannedBatch:
+        """The ``num_groups`` groups after the first ``consumed_groups``."""
+        taken = self.sampler.take(consumed_groups, num_groups)
+        ids = [int(self.group_ids[index]) for index, _ in taken]
+        samples = [self.dataset[group_id] for group_id in ids]
+        keys_G = torch.cat(
+            [
+                objectives.group_keys(torch.tensor([group_id]), seed=self.seed, epoch=epoch)
+                for group_id, (_, epoch) in zip(ids, taken)
+            ]
+        )
+        batch = build_batch(samples, group_keys_G=keys_G, needs_pass=self._needs_pass)
+        plan = plan_batch(batch, self.plan)
+        ref_logps_R = np.zeros(batch.num_responses)
+        if self.reference is not None:
+            ref_logps_R = self.reference[batch.response_ids_R.numpy()]
+        return PlannedBatch(
+            batch=batch,
+            microbatches=build_microbatches(plan, self.plan, rank=self.data_parallel_rank),
+            ref_logps_R=torch.from_numpy(ref_logps_R),
+            num_tokens=sum(len(row.tokens_S) for row in batch.rows),
+            group_ids=ids,
+        )
+
+    def once(self, num_groups: int, *, limit: int | None = None) -> Iterator[PlannedBatch]:
+        """Every group once, in order, ``num_groups`` at a time (the last batch may be short)."""
+        total = len(self.group_ids)
+        count = -(-total // num_groups)
+        for index in range(count if limit is None else min(limit, count)):
+            start = index * num_groups
+            yield self.batch(start, min(num_groups, total - start))
+
+    def _needs_pass(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The responses the loss reads: those of the objective, and the positives that carry an NLL of their own."""
+        options = self.loss
+        used_GK = objectives.used_responses(options.objective, **given, **options.hyperparameters)
+        if options.one_sided_nll and options.nll_coeff:
+            used_GK = used_GK | objectives.nll_responses(options.objective, **given, **options.hyperparameters)
+        return used_GK

@@ -1,0 +1,230 @@
+"""From a configuration to the parts of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_groupdpo import objectives
+from megatron_groupdpo.config import ModelConfig, TrainConfig, objective_hyperparameters, train_iters
+from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
+from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
+from megatron_groupdpo.mcore.checkpoint import (
+    Progress,
+    find_checkpoint,
+    latest_iteration,
+    load_training,
+    load_weights,
+)
+from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
+from megatron_groupdpo.mcore.setup import Ranks
+from megatron_groupdpo.reference.store import ReferenceLogProbs
+from megatron_groupdpo.run.batches import BatchSource
+from megatron_groupdpo.step.coefficients import LossOptions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Everything the loop uses."""
+
+    config: TrainConfig
+    ranks: Ranks
+    policy: Policy
+    reference_policy: Policy | None
+    """A second model, for ``reference: resident``."""
+    updater: Updater
+    progress: Progress
+    train: BatchSource
+    valid: BatchSource | None
+    loss: LossOptions
+    train_iters: int
+    starts_from_reference: bool
+    """At iteration 0 the policy has the reference's weights, so every score must be 0."""
+
+
+def build_run(config: TrainConfig, ranks: Ranks) -> Run:
+    """Open the data, build the model, load what there is to load.
+
+    Raises:
+        UserError: anything that a user can put right.
+    """
+    train_data, valid_data = _open_data(config)
+    config = dataclasses.replace(config, model=with_vocabulary(config.model, train_data.vocab_size))
+    loss = loss_options(config)
+    policy = build_policy(
+        config.model, config.parallel, config.precision, ranks, seed=config.training.seed, training=True
+    )
+    optimizer = build_optimizer(policy.chunks, config.optimizer, config.parallel, config.precision)
+    schedule = build_lr_schedule(
+        optimizer,
+        config.optimizer,
+        total_groups=train_iters(config) * config.training.global_batch_size,
+        groups_per_step=config.training.global_batch_size,
+    )
+    updater = Updater(optimizer, schedule)
+    progress = _load(config, policy, updater)
+    reference_policy = _resident_reference(config, ranks)
+    train, valid = _sources(config, loss, ranks, policy, train_data, valid_data)
+    return Run(
+        config=config,
+        ranks=ranks,
+        policy=policy,
+        reference_policy=reference_policy,
+        updater=updater,
+        progress=progress,
+        train=train,
+        valid=valid,
+        loss=loss,
+        train_iters=train_iters(config),
+        starts_from_reference=progress.iteration == 0 and _same_weights(policy, reference_policy, train.reference),
+    )
+
+
+def loss_options(config: TrainConfig) -> LossOptions:
+    """The loss of a run."""
+    section = config.objective
+    return LossOptions(
+        objective=section.objective,
+        beta=section.beta,
+        score_average=section.score_average,
+        nll_coeff=section.nll_coeff,
+        nll_average=section.nll_average,
+        one_sided_nll=section.one_sided_nll,
+        hyperparameters=objective_hyperparameters(section),
+    )
+
+
+def with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
+    """Fill in the vocabulary size from the tokenizer, or check that it holds the tokenizer's."""
+    if model.vocab_size is None:
+        return dataclasses.replace(model, vocab_size=tokenizer_size)
+    if model.vocab_size < tokenizer_size:
+        raise ConfigError(
+            f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {tokenizer_size}; "
+            "leave it out, or use the model's own tokenizer"
+        )
+    return model
+
+
+def plan_options(config: TrainConfig, ranks: Ranks, pad_token: int = 0) -> PlanOptions:
+    """What the layout asks of microbatches."""
+    parallel = config.parallel
+    assert config.training.micro_batch_size is not None
+    pipelined = parallel.pipeline_model_parallel_size > 1
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return PlanOptions(
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_size=ranks.dp_group.size(),
+        microbatch_multiple=parallel.pipeline_model_parallel_size if interleaved else 1,
+        length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        same_length=pipelined,
+        pad_token=pad_token,
+    )
+
+
+def _open_data(config: TrainConfig) -> tuple[GroupDataset, GroupDataset | None]:
+    data = config.data
+    train_data = GroupDataset.open(data.data_path)
+    valid_data = GroupDataset.open(data.valid_data_path) if data.valid_data_path else None
+    for dataset, paths in ((train_data, data.data_path), (valid_data, data.valid_data_path)):
+        if dataset is not None and dataset.longest_row > data.seq_length:
+            raise DataError(
+                f"{', '.join(paths)}: the longest prompt and response have {dataset.longest_row} tokens, seq_length is "
+                f"{data.seq_length}; raise --seq-length or run tools/preprocess_data.py with it"
+            )
+    if valid_data is not None and valid_data.vocab_size != train_data.vocab_size:
+        raise DataError(
+            f"{', '.join(data.valid_data_path)}: tokenizer of {valid_data.vocab_size} tokens, the training data have "
+            f"{train_data.vocab_size}; use one tokenizer"
+        )
+    return train_data, valid_data
+
+
+def _load(config: TrainConfig, policy: Policy, updater: Updater) -> Progress:
+    """Resume from ``load`` if a checkpoint is there, else take weights from ``pretrained_checkpoint``, else stay."""
+    checkpoint = config.checkpoint
+    if checkpoint.load is not None:
+        root = Path(checkpoint.load)
+        if (root / "metadata.json").exists() or latest_iteration(root) is not None:
+            folder = find_checkpoint(root)
+            if checkpoint.finetune:
+                _load_weights(folder, policy, updater)
+                return Progress()
+            return load_training(folder, policy.chunks, updater.optimizer, updater.schedule, model=policy.identity)
+        if checkpoint.exit_on_missing_checkpoint:
+            raise CheckpointError(f"no checkpoint at {root}, and exit_on_missing_checkpoint is set")
+    if checkpoint.pretrained_checkpoint is not None:
+        folder = find_checkpoint(Path(checkpoint.pretrained_checkpoint))
+        _load_weights(folder, policy, updater)
+    return Progress()
+
+
+def _load_weights(folder: Path, policy: Policy, updater: Updater) -> None:
+    load_weights(folder, policy.chunks, model=policy.identity)
+    updater.optimizer.reload_model_params()  # the float32 master weights are still the initial ones
+
+
+def _resident_reference(config: TrainConfig, ranks: Ranks) -> Policy | None:
+    if config.objective.reference != "resident":
+        return None
+    if config.checkpoint.pretrained_checkpoint is None:
+        raise ConfigError(
+            "reference 'resident' is the model of pretrained_checkpoint, which is not set; set --pretrained-checkpoint"
+        )
+    folder = Path(config.checkpoint.pretrained_checkpoint)
+    return load_policy(folder, config.parallel, config.precision, ranks)
+
+
+def _sources(
+    config: TrainConfig,
+    loss: LossOptions,
+    ranks: Ranks,
+    policy: Policy,
+    train_data: GroupDataset,
+    valid_data: GroupDataset | None,
+) -> tuple[BatchSource, BatchSource | None]:
+    train_ids, held_out_ids = split_by_prompt(train_data, config.data.valid_fraction)
+    plan = plan_options(config, ranks)
+
+    def source(dataset: GroupDataset, group_ids: object, *, shuffle: bool) -> BatchSource:
+        return BatchSource(
+            dataset,
+            group_ids,  # type: ignore[arg-type]
+            loss=loss,
+            plan=plan,
+            data_parallel_rank=ranks.dp_group.rank(),
+            seed=config.training.seed,
+            shuffle=shuffle,
+            reference=open_reference(config, dataset),
+        )
+
+    train = source(train_data, train_ids, shuffle=config.data.shuffle)
+    if valid_data is not None:
+        return train, source(valid_data, range(len(valid_data)), shuffle=False)
+    if len(held_out_ids):
+        return train, source(train_data, held_out_ids, shuffle=False)
+    return train, None
+
+
+def open_reference(config: TrainConfig, dataset: GroupDataset) -> ReferenceLogProbs | None:
+    """The stored log-probabilities of a dataset's responses, where the run reads them from disk."""
+    section = config.objective
+    if section.reference != "cached" or not objectives.get_objective(section.objective).needs_reference:
+        return None
+    if section.reference_logprobs is None:
+        raise ConfigError(
+            "reference 'cached' reads reference_logprobs, which is not set; run tools/score_reference.py and set "
+            "--reference-logprobs to its output, or set --reference resident"
+        )
+    return ReferenceLogProbs.open(
+        Path(section.reference_logprobs), dataset.stores, precision="bf16" if config.precision.bf16 else "fp32"
+    )
+
+
+def _same_weights(policy: Policy, resident: Policy | None, cached: ReferenceLogProbs | None) -> bool:
+    if resident is not None:
+        return policy.weights_digest() == resident.weights_digest()
+    return cached is not None and policy.weights_digest() == cached.weights_digest

@@ -1,0 +1,223 @@
+"""The training loop: step, check, update, log, validate, save."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_groupdpo import objectives
+from megatron_groupdpo.config import to_yaml
+from megatron_groupdpo.errors import UserError
+from megatron_groupdpo.mcore.checkpoint import Progress, save_checkpoint
+from megatron_groupdpo.run.batches import PlannedBatch
+from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.run.flops import step_flops
+from megatron_groupdpo.run.logs import RunLogger
+from megatron_groupdpo.run.metrics import batch_metrics
+from megatron_groupdpo.run.report import print_start
+from megatron_groupdpo.step.coefficients import group_loss
+from megatron_groupdpo.step.train_step import StepResult, accumulate_gradient
+
+
+def train(run: Run) -> Progress:
+    """Train to the end; where the run stands then.
+
+    Raises:
+        UserError: scores that are not finite, or differ between the passes by more than the threshold.
+    """
+    logger = _open_logs(run) if run.ranks.is_logger else None
+    first = run.train.batch(run.progress.consumed_groups, run.config.training.global_batch_size)
+    print_start(run, first)
+    if run.starts_from_reference:
+        check_step0_identity(run, first)
+    progress = run.progress
+    saved = progress.iteration
+    try:
+        while progress.iteration < run.train_iters:
+            progress = _iteration(run, progress, logger)
+            if _due(progress.iteration, run.config.training.eval_interval):
+                _validate(run, progress, logger)
+            if _due(progress.iteration, run.config.checkpoint.save_interval):
+                _save(run, progress)
+                saved = progress.iteration
+        if saved != progress.iteration:
+            _save(run, progress)
+    finally:
+        if logger is not None:
+            logger.close()
+    return progress
+
+
+def _iteration(run: Run, progress: Progress, logger: RunLogger | None) -> Progress:
+    started = time.perf_counter()
+    size = run.config.training.global_batch_size
+    planned = run.train.batch(progress.consumed_groups, size)
+    ref_logps_R = _reference(run, planned)
+    outcome = accumulate_gradient(run.policy.engine, planned.microbatches, planned.batch, ref_logps_R, run.loss)
+    _check_scores(run, planned, outcome, progress.iteration + 1)
+    lr = run.updater.lr
+    grad_norm = run.updater.step(size)
+    progress = Progress(iteration=progress.iteration + 1, consumed_groups=progress.consumed_groups + size)
+    if logger is not None:
+        assert outcome is not None, "the logging rank is on the last stage"
+        metrics = batch_metrics(planned.batch, outcome.result, outcome.logps_R, outcome.ref_logps_R)
+        metrics |= {"grad_norm": grad_norm, "lr": lr, "score_drift": outcome.score_drift}
+        metrics |= _speed(run, planned, time.perf_counter() - started)
+        logger.write(progress.iteration, {**metrics, "consumed_groups": progress.consumed_groups})
+        if progress.iteration % run.config.logging.log_interval == 0 or progress.iteration == run.train_iters:
+            logger.line(progress.iteration, metrics, consumed_groups=progress.consumed_groups, global_batch_size=size)
+    return progress
+
+
+def _reference(run: Run, planned: PlannedBatch) -> torch.Tensor:
+    """[R] float64 reference log-probabilities; what the last stage holds is what counts."""
+    if run.reference_policy is None:
+        return planned.ref_logps_R
+    logps_R = run.reference_policy.engine.score(planned.microbatches, planned.batch.num_responses)
+    return planned.ref_logps_R if logps_R is None else logps_R
+
+
+def _check_scores(run: Run, planned: PlannedBatch, outcome: StepResult | None, iteration: int) -> None:
+    """Stop all ranks together, before the update, on scores that cannot be trusted."""
+    findings = torch.zeros(3, dtype=torch.float64, device=run.ranks.device)  # bad responses, first bad, drift
+    if outcome is not None:
+        bad_R = ~(torch.isfinite(outcome.logps_R) & torch.isfinite(outcome.ref_logps_R))
+        findings[0] = bad_R.sum()
+        findings[1] = bad_R.double().argmax() if planned.batch.num_responses else 0
+        findings[2] = outcome.score_drift or 0.0
+    bad, first_bad, drift = run.ranks.broadcast_from_last_stage(findings).tolist()
+    if bad:
+        group = int((planned.batch.flat_index_GK == int(first_bad)).any(1).nonzero()[0])
+        raise UserError(
+            f"iteration {iteration}: {int(bad)} of {planned.batch.num_responses} log-probabilities are not finite, "
+            f"the first in the group of {run.train.dataset.where(planned.group_ids[group])}; lower --lr, or look at "
+            "the checkpoint the run started from. Nothing was updated."
+        )
+    threshold = run.config.training.score_drift_threshold
+    if threshold is not None and drift > threshold:
+        raise UserError(
+            f"iteration {iteration}: scores of the two passes differ by {drift:.3e}, more than score_drift_threshold "
+            f"{threshold:.3e}; the gradient would not be that of the loss. Nothing was updated."
+        )
+
+
+def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
+    """Policy and reference have the same weights: every score must be 0 and the loss its closed form.
+
+    Raises:
+        UserError: they do not agree; both numbers are given.
+    """
+    ref_logps_R = _reference(run, planned)
+    logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
+    gap = torch.zeros(3, dtype=torch.float64, device=run.ranks.device)
+    if logps_R is not None:
+        ref_logps_R = ref_logps_R.to(logps_R.device)
+        gaps_R = (logps_R - ref_logps_R).abs() / planned.batch.num_tokens_R.to(logps_R.device)
+        worst = int(gaps_R.argmax())
+        gap[:] = torch.stack([gaps_R[worst], logps_R[worst], ref_logps_R[worst]])
+    per_token, ours, theirs = run.ranks.broadcast_from_last_stage(gap).tolist()
+    tolerance = 2e-2 if run.config.precision.bf16 else 1e-4
+    if per_token > tolerance:
+        raise UserError(
+            f"the policy starts with the reference's weights, but a response has log-probability {ours:.6f} here and "
+            f"{theirs:.6f} in the reference ({per_token:.2e} per token, tolerance {tolerance:.0e}); score the "
+            "reference again with tools/score_reference.py"
+        )
+    if run.ranks.is_logger:
+        assert logps_R is not None
+        zeros = group_loss(ref_logps_R, ref_logps_R, planned.batch, run.loss)
+        found = group_loss(logps_R, ref_logps_R, planned.batch, run.loss)
+        print(
+            f"step 0: policy = reference; largest score {float(found.scores_R.abs().max()):.1e}; preference loss "
+            f"{float(found.preference_loss):.6f}, closed form {float(zeros.preference_loss):.6f}",
+            flush=True,
+        )
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """Metrics over validation groups, weighted by groups; on ranks that hold the output layer, else empty."""
+    assert run.valid is not None
+    sums: dict[str, tuple[float, int]] = {}
+    size = run.config.training.global_batch_size
+    for planned in run.valid.once(size, limit=run.config.training.eval_iters):
+        ref_logps_R = _reference(run, planned)
+        logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
+        if logps_R is None:
+            continue
+        ref_logps_R = ref_logps_R.to(logps_R.device)
+        result = group_loss(logps_R, ref_logps_R, planned.batch, run.loss)
+        for name, value in batch_metrics(planned.batch, result, logps_R, ref_logps_R).items():
+            # Means over active groups weigh as many groups as there were; the rest, all groups of the batch.
+            weight = planned.batch.num_groups if name.startswith("group/") else int(result.active_G.sum())
+            total, groups = sums.get(name, (0.0, 0))
+            sums[name] = (total + value * weight, groups + weight)
+    return {f"eval/{name}": total / groups for name, (total, groups) in sums.items() if groups}
+
+
+def _validate(run: Run, progress: Progress, logger: RunLogger | None) -> None:
+    if run.valid is None:
+        return
+    metrics = evaluate(run)
+    if logger is not None:
+        logger.write(progress.iteration, metrics)
+        logger.validation_line(progress.iteration, metrics)
+
+
+def _save(run: Run, progress: Progress) -> None:
+    if run.config.checkpoint.save is None:
+        return
+    started = time.perf_counter()
+    folder = save_checkpoint(
+        Path(run.config.checkpoint.save),
+        run.policy.chunks,
+        progress=progress,
+        model=run.policy.identity,
+        config={"yaml": to_yaml(run.config), "tokenizer": dict(run.train.dataset.stores[0].meta["tokenizer"])},
+        optimizer=run.updater.optimizer,
+        schedule=run.updater.schedule,
+    )
+    if run.ranks.is_logger:
+        print(f"saved {folder} in {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def _speed(run: Run, planned: PlannedBatch, seconds: float) -> dict[str, Any]:
+    speed: dict[str, Any] = {
+        "iteration_ms": 1000 * seconds,
+        "tokens_per_second": planned.num_tokens / seconds,
+        "peak_memory_bytes": peak_memory_bytes(run.ranks.device),
+    }
+    if run.config.logging.log_throughput:
+        separable = objectives.get_objective(run.loss.objective).separable
+        flops = step_flops(run.policy.model, planned.batch, scoring_pass=not separable)
+        speed["tflops_per_gpu"] = flops / seconds / dist.get_world_size() / 1e12
+    return speed
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this rank has held: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _open_logs(run: Run) -> RunLogger:
+    logging, save = run.config.logging, run.config.checkpoint.save
+    run_dir = logging.run_dir or save
+    if run_dir is not None:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        (Path(run_dir) / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
+    return RunLogger(
+        run_dir=None if run_dir is None else Path(run_dir),
+        tensorboard_dir=None if logging.tensorboard_dir is None else Path(logging.tensorboard_dir),
+        start_iteration=run.progress.iteration,
+        train_iters=run.train_iters,
+    )

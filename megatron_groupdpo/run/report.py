@@ -1,0 +1,68 @@
+"""What a run says of itself before the first step."""
+
+from __future__ import annotations
+
+from megatron_groupdpo import objectives
+from megatron_groupdpo.run.batches import PlannedBatch
+from megatron_groupdpo.run.build import Run
+
+
+def print_start(run: Run, first: PlannedBatch) -> None:
+    """Layout, batch, model and loss, and a warning for what is odd; a collective call that prints on one rank."""
+    num_parameters = run.policy.num_parameters()
+    if not run.ranks.is_logger:
+        return
+    config, batch = run.config, first.batch
+    parallel, loss = config.parallel, run.loss
+    layout = (
+        f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}"
+        f" x CP {parallel.context_parallel_size} x DP {run.ranks.dp_group.size()}"
+    )
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    extras = [
+        name
+        for name, on in (
+            (f"{chunks} chunks per stage", chunks is not None),
+            ("sequence parallel", parallel.sequence_parallel),
+            ("distributed optimizer", parallel.use_distributed_optimizer),
+        )
+        if on
+    ]
+    equation = objectives.get_objective(loss.objective).equation
+    lines = [
+        f"layout      {', '.join([layout, *extras])}, {'bf16' if config.precision.bf16 else 'fp32'}",
+        f"model       {num_parameters:,} parameters, vocabulary {run.policy.model.vocab_size}",
+        f"data        {len(run.train.group_ids):,} groups to train on"
+        + (f", {len(run.valid.group_ids):,} to validate" if run.valid is not None else ""),
+        f"batch       {batch.num_groups} groups = {batch.num_responses} responses = {first.num_tokens:,} tokens in "
+        f"{len(first.microbatches)} microbatches of {config.training.micro_batch_size} on each data-parallel rank"
+        " (first batch)",
+        f"objective   {loss.objective}: {equation}",
+        f"            beta {loss.beta}, {'mean' if loss.score_average else 'summed'} log-probs, NLL x {loss.nll_coeff}"
+        f" ({loss.nll_average}), reference {config.objective.reference}",
+        f"run         iterations {run.progress.iteration} to {run.train_iters}, "
+        f"{run.train_iters * config.training.global_batch_size / len(run.train.group_ids):.2f} epochs in all",
+    ]
+    print("\n".join(lines), flush=True)
+    for warning in _oddities(run, first):
+        print(f"warning     {warning}", flush=True)
+
+
+def _oddities(run: Run, first: PlannedBatch) -> list[str]:
+    found = []
+    config, batch = run.config, first.batch
+    if config.training.global_batch_size > len(run.train.group_ids):
+        found.append(
+            f"one batch of {config.training.global_batch_size} groups holds some of the {len(run.train.group_ids)} "
+            "groups more than once"
+        )
+    two_sided = int(((batch.labels_GK > 0).any(1) & (batch.labels_GK < 0).any(1)).sum())
+    if two_sided < batch.num_groups / 2 and not objectives.get_objective(run.loss.objective).separable:
+        found.append(f"only {two_sided} of {batch.num_groups} groups of the first batch have both sides")
+    if not batch.num_responses:
+        found.append("no response of the first batch gets a pass")
+    if config.training.score_drift_threshold is None and config.precision.bf16:
+        found.append("score_drift_threshold is not set: drift between the passes is only reported")
+    if config.checkpoint.save is None:
+        found.append("save is not set: no checkpoint will be written")
+    return found
