@@ -1,0 +1,270 @@
+"""What is written is read back; what was cut short or changed is never read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_groupdpo.data import store_format as fmt
+from megatron_groupdpo.data.prepare import PreparedGroup
+from megatron_groupdpo.data.store import StoreIdentity, StoreWriter, TokenStore
+from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.mcore.indexed import IndexedReader, IndexedWriter, token_dtype
+
+IDENTITY = {"kind": "SentencePieceTokenizer", "model": "m", "chat_template": None, "digest": "d", "vocab_size": 70_000}
+
+
+def group(prompt: list[int], *responses: list[int], masks=None, values=None, ref_logps=None, row=1) -> PreparedGroup:
+    size = len(responses)
+    return PreparedGroup(
+        prompt_tokens=np.array(prompt, dtype=np.int32),
+        response_tokens=tuple(np.array(tokens, dtype=np.int32) for tokens in responses),
+        response_masks=tuple(masks or [None] * size),
+        labels=tuple(1 if k == 0 else -1 for k in range(size)),
+        values=tuple(values or [math.nan] * size),
+        ref_logps=tuple(ref_logps or [math.nan] * size),
+        source_row=row,
+    )
+
+
+def write_into(folder: Path, groups: list[PreparedGroup] | None = None, vocab_size: int = 70_000) -> None:
+    identity = StoreIdentity(tokenizer=IDENTITY | {"vocab_size": vocab_size}, options={"seq_length": 64})
+    writer = StoreWriter(folder, identity)
+    for item in groups or THREE:
+        writer.add(item, 0)
+    writer.finish(sources=[{"path": "in.jsonl", "schema": "canonical"}], counts=[])
+
+
+def write(path: Path, groups: list[PreparedGroup], *, overwrite: bool = False, vocab_size: int = 70_000) -> Path:
+    with fmt.whole_folder(path, overwrite=overwrite) as folder:
+        write_into(folder, groups, vocab_size)
+    return path
+
+
+THREE = [
+    group([5, 6], [7, 2], [8, 9, 2], values=[1.5, -2.0], row=1),
+    group([1], [69_999], row=4),
+    group([5, 5, 5], [3, 2], [4, 2], [5, 2], masks=[None, np.array([True, False]), None], row=5),
+]
+
+
+def test_groups_come_back_as_written(tmp_path: Path):
+    store = TokenStore.open(write(tmp_path / "s", THREE))
+    assert len(store) == 3
+    assert store.num_responses == 6
+    for group_id, (sample, item) in enumerate(zip(store, THREE, strict=True)):
+        assert sample.group_id == group_id
+        assert sample.prompt_tokens.tolist() == item.prompt_tokens.tolist()
+        assert [t.tolist() for t in sample.response_tokens] == [t.tolist() for t in item.response_tokens]
+        assert sample.labels_K.tolist() == list(item.labels)
+        np.testing.assert_array_equal(sample.values_K, np.array(item.values, dtype=np.float32))
+        for mask, expected in zip(sample.response_masks, item.response_masks, strict=True):
+            assert (mask is None) == (expected is None)
+            assert expected is None or mask.tolist() == expected.tolist()
+        assert sample.prompt_tokens.dtype == np.int32
+        assert sample.labels_K.dtype == np.int8
+        assert sample.values_K.dtype == np.float32
+    assert [store[i].first_response_id for i in range(3)] == [0, 2, 3]
+    assert store.prompt_lengths_G.tolist() == [2, 1, 3]
+    assert store.response_lengths_R.tolist() == [2, 3, 1, 2, 2, 2]
+    assert store.meta["max_row_tokens"] == 5
+    assert store.meta["num_tokens"] == 18
+    assert store.where(1) == "in.jsonl:4"
+    assert store.ref_logps_R is None
+    with pytest.raises(IndexError):
+        store[3]
+    store.verify()
+
+
+def test_reference_log_probabilities_are_kept_where_given(tmp_path: Path):
+    store = TokenStore.open(write(tmp_path / "s", [THREE[0], group([1], [2], [3], ref_logps=[-1.25, -7.0])]))
+    np.testing.assert_array_equal(store.ref_logps_R, [math.nan, math.nan, -1.25, -7.0])
+
+
+def test_a_store_crosses_processes_without_its_contents(tmp_path: Path):
+    store = TokenStore.open(write(tmp_path / "s", THREE))
+    dumped = pickle.dumps(store)
+    assert len(dumped) < 1000
+    assert pickle.loads(dumped)[2].prompt_tokens.tolist() == [5, 5, 5]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(0, 69_999), min_size=1, max_size=5),
+            st.lists(st.lists(st.integers(0, 69_999), min_size=1, max_size=5), min_size=1, max_size=4),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([60_000, 70_000]),
+)
+def test_any_ragged_groups_come_back(tmp_path: Path, groups, vocab_size):
+    groups = [([t % vocab_size for t in p], [[t % vocab_size for t in r] for r in rs]) for p, rs in groups]
+    path = write(tmp_path / "s", [group(p, *rs) for p, rs in groups], overwrite=True, vocab_size=vocab_size)
+    read = [(s.prompt_tokens.tolist(), [t.tolist() for t in s.response_tokens]) for s in TokenStore.open(path)]
+    assert read == groups
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    return (file for file in sorted(path.iterdir()) if file.name != fmt.META)
+
+
+def test_every_cut_or_changed_file_is_refused(tmp_path: Path):
+    path = write(tmp_path / "s", THREE)
+    assert len(list(files_of(path))) == 12
+    for file in files_of(path):
+        content = file.read_bytes()
+        file.write_bytes(content[:-1])
+        with pytest.raises(DataError, match=f"{file.name}: the store is cut short"):
+            TokenStore.open(path)
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(DataError, match=f"{file.name}: its digest does not match"):
+            TokenStore.open(path)
+        file.unlink()
+        with pytest.raises(DataError, match=f"{file.name}: missing"):
+            TokenStore.open(path)
+        file.write_bytes(content)
+    TokenStore.open(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta: meta["options"].update(seq_length=8), "the file was changed"),
+        (lambda meta: meta["tokenizer"].update(digest="other"), "the file was changed"),
+        (lambda meta: meta["files"].pop("labels.npy"), "the file was changed"),
+        (lambda meta: meta.update(version=99), "format version 99"),
+        (lambda meta: meta.update(format="something"), "not the description of a token store"),
+        (lambda meta: meta.pop("files"), "incomplete"),
+    ],
+)
+def test_a_changed_description_is_refused(tmp_path: Path, change, message):
+    path = write(tmp_path / "s", THREE)
+    meta = json.loads((path / fmt.META).read_text())
+    change(meta)
+    (path / fmt.META).write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=message):
+        TokenStore.open(path)
+
+
+def test_what_is_no_store_is_refused(tmp_path: Path):
+    for content, message in [(None, "no meta.json"), ("{", "cannot be read"), ("[]", "not the description")]:
+        if content is not None:
+            (tmp_path / fmt.META).write_text(content)
+        with pytest.raises(DataError, match=message):
+            TokenStore.open(tmp_path)
+    with pytest.raises(DataError, match="no such token store"):
+        TokenStore.open(tmp_path / "none")
+
+
+def test_verify_reads_what_open_samples(tmp_path: Path):
+    tokens = np.arange(3_000_000, dtype=np.int32)
+    path = write(tmp_path / "s", [group([1], tokens.tolist(), [2])])
+    store = TokenStore.open(path)
+    assert (path / "tokens.bin").stat().st_size > 64 << 16
+    with open(path / "tokens.bin", "r+b") as stream:
+        stream.seek(70_000)  # between the first sampled block and the second
+        stream.write(b"\xff")
+    TokenStore.open(path)
+    with pytest.raises(DataError, match=r"tokens\.bin: its digest does not match"):
+        store.verify()
+
+
+def test_the_digest_follows_the_contents_alone(tmp_path: Path):
+    first, second = write(tmp_path / "a", THREE), write(tmp_path / "b", THREE)
+    other = write(tmp_path / "c", [*THREE[:2], group([5, 5, 5], [3, 2], [4, 2], [5, 3])])
+    digests = [TokenStore.open(path).digest for path in (first, second, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path: Path):
+    path = write(tmp_path / "s", THREE)
+    digest = TokenStore.open(path).digest
+    with pytest.raises(RuntimeError), fmt.whole_folder(path, overwrite=True) as folder:  # noqa: PT012
+        (folder / "half").write_text("x")
+        raise RuntimeError
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+    assert TokenStore.open(path).digest == digest
+
+
+def test_an_existing_store_is_replaced_only_on_request(tmp_path: Path):
+    path = write(tmp_path / "s", THREE)
+    with pytest.raises(DataError, match="--overwrite"):
+        write(path, THREE[:1])
+    assert len(TokenStore.open(path)) == 3
+    assert len(TokenStore.open(write(path, THREE[:1], overwrite=True))) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+def test_overwrite_never_replaces_what_is_no_store(tmp_path: Path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("x")
+    with pytest.raises(DataError, match="replaces token stores only"):
+        write(tmp_path / "thesis", THREE, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    write(tmp_path / "empty", THREE)
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path):
+    with pytest.raises(DataError, match="writing failed"), fmt.whole_folder(tmp_path / "s", overwrite=False) as folder:  # noqa: PT012
+        (folder / "tokens.bin").symlink_to("/dev/full")
+        write_into(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path):
+    code = (
+        "import os, pathlib, sys\n"
+        "from megatron_groupdpo.data.store_format import whole_folder\n"
+        "with whole_folder(pathlib.Path(sys.argv[1]), overwrite=False) as folder:\n"
+        "    (folder / 'half').write_text('x')\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    root = str(Path(__file__).resolve().parents[3])
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "s")], env=os.environ | {"PYTHONPATH": root}, timeout=120
+    )
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not (tmp_path / "s").exists()
+    write(tmp_path / "s", THREE)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+
+
+def test_indexed_files_hold_documents_of_sequences(tmp_path: Path):
+    writer = IndexedWriter(tmp_path / "t", token_dtype(100))
+    writer.add_document([np.array([1, 2]), np.array([3])])
+    writer.add_document([np.array([4, 5, 6])])
+    writer.finalize()
+    reader = IndexedReader(tmp_path / "t")
+    assert len(reader) == 3
+    assert reader.sequence_lengths.tolist() == [2, 1, 3]
+    assert reader.document_indices.tolist() == [0, 2, 3]
+    assert [tokens.tolist() for tokens in reader.read(0, 3)] == [[1, 2], [3], [4, 5, 6]]
+    assert (tmp_path / "t.bin").stat().st_size == 6 * np.dtype(np.uint16).itemsize
+
+
+def test_the_store_reads_without_cuda():
+    code = (
+        "import torch\n"
+        "import megatron_groupdpo.mcore.indexed\n"
+        "import megatron_groupdpo.data.store\n"
+        "assert not torch.cuda.is_initialized()\n"
+    )
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert "Transformer Engine" not in result.stderr
