@@ -59,7 +59,8 @@ def to_yaml(config: Any) -> str:
         }
         for section in dataclasses.fields(config)
     }
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    # Escapes outside ASCII: written as they are, PyYAML does not read U+0085 back.
+    return yaml.safe_dump(plain, sort_keys=False)
 
 
 def read_yaml(config_class: type, path: Path) -> dict[tuple[str, str], Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from config_examples import EXAMPLE_YAML, example
+from hypothesis import example as example_case
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -123,6 +124,7 @@ def test_yaml_of_a_config_loads_to_an_equal_one(write):
         assert load_config(write(to_yaml(config))) == config
 
 
+@example_case(lr=1e-6, path="\x85", paths=["\x85 "])
 @given(
     lr=st.floats(min_value=1e-12, max_value=1e3),
     path=st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=20).filter(
