@@ -51,16 +51,8 @@ def load[C](config_class: type[C], argv: Sequence[str]) -> C:
 
 def to_yaml(config: Any) -> str:
     """The whole configuration, defaults included, as YAML that loads to an equal one."""
-    plain = {
-        section.name: {
-            field.name: list(value) if isinstance(value, tuple) else value
-            for field in dataclasses.fields(getattr(config, section.name))
-            for value in [getattr(getattr(config, section.name), field.name)]
-        }
-        for section in dataclasses.fields(config)
-    }
     # Escapes outside ASCII: written as they are, PyYAML does not read U+0085 back.
-    return yaml.safe_dump(plain, sort_keys=False)
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def read_yaml(config_class: type, path: Path) -> dict[tuple[str, str], Any]:

@@ -163,6 +163,7 @@ def test_yaml_keeps_any_number_and_any_text(tmp_path_factory, lr, path, paths):
         ("optimizer:\n  lr:", ("must be a finite number; it is empty",)),
         ("optimizer:\n  lr: 0", ("'lr' in 'optimizer' must be > 0; it is 0",)),
         ("model:\n  num_layers: 2.5", ("'num_layers' in 'model' must be an integer; it is 2.5",)),
+        ("model:\n  num_layers: true", ("'num_layers' in 'model' must be an integer; it is True",)),
         ("model:\n  num_layers: 0", ("must be >= 1; it is 0",)),
         ("model:\n  swiglu: 1", ("'swiglu' in 'model' must be true or false; it is 1",)),
         ("model:\n  normalization: rmsnorm", ("one of LayerNorm, RMSNorm; it is 'rmsnorm'; did you mean 'RMSNorm'?",)),
