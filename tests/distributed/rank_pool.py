@@ -1,0 +1,166 @@
+"""Processes that stay alive and take turns as the ranks of one layout after another.
+
+Importing Megatron-Core takes seconds a process, so the ranks are started once per test session. A job of n ranks runs
+on the first n of them, with the environment torchrun would give it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+GRACE_SECONDS = 3.0
+"""How long the other ranks may go on after one has failed; they usually wait in a collective for ever."""
+
+
+class RanksFailed(AssertionError):
+    """A rank raised, died or took too long; the message holds every remote traceback."""
+
+
+class RankPool:
+    """At most ``size`` ranks on this machine."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+        self._logs = Path(tempfile.mkdtemp(prefix="groupdpo-ranks-"))
+
+    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """``function(*args)`` on every rank; the results in order of rank.
+
+        ``function`` is a top-level function of an importable module. After a failure all processes are ended, and
+        the next call starts new ones.
+
+        Raises:
+            RanksFailed: with the traceback of every rank that raised.
+        """
+        assert 1 <= num_ranks <= self.size
+        if not self._processes:
+            self._start()
+        port = free_port()
+        for rank, pipe in enumerate(self._pipes[:num_ranks]):
+            pipe.send((torchrun_environment(rank, num_ranks, port), function, args))
+        answers = self._collect(num_ranks, timeout)
+        failures = [
+            f"rank {rank}:\n{_indent(text)}"
+            for rank, text in enumerate(_failure(answer) for answer in answers)
+            if text is not None
+        ]
+        if failures:
+            output = self._log_tails(num_ranks)
+            self.close()
+            raise RanksFailed("\n".join([f"{function.__name__} on {num_ranks} ranks", *failures, output]))
+        return [answer[1] for answer in answers if answer is not None]
+
+    def close(self) -> None:
+        """End every process, whatever it is doing."""
+        for pipe in self._pipes:
+            pipe.close()
+        deadline = time.monotonic() + 2
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        # spawn: a forked process would inherit this one's threads in an undefined state. Not daemonic: saving a
+        # distributed checkpoint starts a process of its own.
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, str(self._log(rank)), sys.path), daemon=False)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _collect(self, num_ranks: int, timeout: float) -> list[tuple[bool, Any] | None]:
+        answers: list[tuple[bool, Any] | None] = [None] * num_ranks
+        deadline = time.monotonic() + timeout
+        while None in answers and (left := deadline - time.monotonic()) > 0:
+            open_pipes = [pipe for pipe, answer in zip(self._pipes, answers) if answer is None]
+            for pipe in wait(open_pipes, timeout=left):
+                assert isinstance(pipe, Connection)
+                rank = self._pipes.index(pipe)
+                try:
+                    answers[rank] = pipe.recv()
+                except EOFError:
+                    self._processes[rank].join(1)
+                    answers[rank] = (False, f"the process died with exit code {self._processes[rank].exitcode}")
+                if not answers[rank][0]:  # type: ignore[index]
+                    deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+        return answers
+
+    def _log(self, rank: int) -> Path:
+        return self._logs / f"rank{rank}.log"
+
+    def _log_tails(self, num_ranks: int) -> str:
+        tails = ((rank, self._log(rank).read_text(errors="replace")[-2000:].strip()) for rank in range(num_ranks))
+        return "\n".join(f"output of rank {rank}:\n{_indent(tail)}" for rank, tail in tails if tail)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def torchrun_environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank of a one-node launch."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def _serve(pipe: Connection, log: str, path: Sequence[str]) -> None:
+    """Answer jobs until the other end closes."""
+    sys.path[:] = path
+    os.environ["OMP_NUM_THREADS"] = "1"
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    while True:
+        try:
+            environment, function, args = pipe.recv()
+        except EOFError:
+            return
+        except Exception:  # the job cannot be unpickled, say because its module does not import
+            pipe.send((False, traceback.format_exc()))
+            continue
+        os.environ.update(environment)
+        try:
+            answer = (True, function(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # given up on, and about to be killed
+            pipe.send(answer)
+
+
+def _failure(answer: tuple[bool, Any] | None) -> str | None:
+    if answer is None:
+        return "no answer: it was still running when time was up, or another rank had failed"
+    return None if answer[0] else str(answer[1])
+
+
+def _indent(text: str) -> str:
+    return "\n".join("    " + line for line in text.rstrip().splitlines())
