@@ -64,7 +64,8 @@ def test_a_store_holds_the_partitioned_groups_in_order(write_lines, build, tmp_p
 
 
 def test_contents_do_not_depend_on_the_number_of_workers(write_lines, build, tmp_path):
-    path = write_lines([labelled(f"Anna has {i} apples", 1, -1, -1) for i in range(300)])
+    # enough for more chunks than may wait at once
+    path = write_lines([labelled(f"Anna has {i} apples", 1, -1, -1) for i in range(800)])
     first = build(path)
     second = build(path, workers=2, output=tmp_path / "other")
     assert first.digest == second.digest

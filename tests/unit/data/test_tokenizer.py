@@ -10,6 +10,7 @@ import transformers
 from data_makers import CORPUS, train_byte_level
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from megatron_groupdpo.data.sentencepiece_export import build_fast_tokenizer
 from megatron_groupdpo.data.tokenizer import TokenizerOptions, apply_chat_template, load_tokenizer
@@ -57,6 +58,20 @@ def test_an_exported_sentencepiece_model_gives_the_same_ids(
             assert exported.decode(expected) == ours.decode(expected) == reference.decode(expected)
     assert (exported.bos_token_id, exported.eos_token_id, exported.pad_token_id) == (1, 2, 3)
     assert len(exported) == ours.vocab_size == reference.get_piece_size()
+
+
+@pytest.mark.parametrize("symbols", [[], ["<|user|>"]])
+def test_pieces_that_span_a_control_name_do_not_make_it_readable(train_sentencepiece, tmp_path, symbols):
+    model = train_sentencepiece(model_type="unigram", user_defined_symbols=symbols)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model.read_bytes())
+    for piece in ["<", "/", "<s", "</", "/s", "s>"]:
+        proto.pieces.add(piece=piece, score=-5.0)
+    model.write_bytes(proto.SerializeToString())
+    load("SentencePieceTokenizer", model).save(tmp_path)
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in ["</s>", "<s>", "a</s>b<s></s>", *HARD]:
+        assert exported.encode(text, add_special_tokens=False) == reference.encode(text)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
