@@ -47,8 +47,8 @@ class RankResult:
     """Per step, on ranks with the output layer."""
     logps: list[np.ndarray]
     """[R] per step, on ranks with the output layer."""
-    digest: str
-    """Of the weights at the end."""
+    digest_before: str
+    digest_after: str
 
 
 def run_case(case: LayoutCase) -> RankResult:
@@ -70,7 +70,7 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
     schedule = build_lr_schedule(optimizer, options, total_groups=1000, groups_per_step=case.num_groups)
     updater = Updater(optimizer, schedule)
     source = batch_source(case, parallel, ranks)
-    weights_before, gradient = collect(policy), []
+    weights_before, digest_before, gradient = collect(policy), policy.weights_digest(), []
     losses, logps, grad_norms = [], [], []
     for step in range(case.num_steps):
         planned = source.batch(step * case.num_groups, case.num_groups)
@@ -100,7 +100,8 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
         grad_norms=grad_norms,
         losses=losses,
         logps=logps,
-        digest=policy.weights_digest(),
+        digest_before=digest_before,
+        digest_after=policy.weights_digest(),
     )
 
 

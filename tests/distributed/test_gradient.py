@@ -6,70 +6,43 @@ The package runs float32 on real Megatron-Core; the other side is ``one_graph.py
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from group_samples import make_samples, reference_logps
+from group_samples import make_samples
 from layout_case import MODELS, LayoutCase
 from layout_run import RankResult, run_case, whole_tensors
-from one_graph import OneGraphLoss, coupled_loss
+from one_graph import OneGraphLoss
+from parity import PP2, SP, TP2, VPP2, expected_of, graph_and_gradient, relative_gap, weights_of, worst_entry
 from rank_pool import RankPool
 
 OBJECTIVES = ("all_pairs", "mpo", "softmax", "margin", "dpo", "sft")
 TOLERANCE = 1e-5
 
 
-@cache
-def weights_of(pool: RankPool, model: str) -> dict[str, torch.Tensor]:
-    (result,) = pool.run(1, run_case, LayoutCase(model=model, num_groups=1))
-    return whole_tensors([result.weights_before])
-
-
-@cache
-def expected(
-    pool: RankPool, model: str, num_groups: int, loss: tuple[tuple[str, Any], ...]
-) -> tuple[OneGraphLoss, dict[str, torch.Tensor]]:
-    """Loss and gradient of the one graph."""
-    leaves = {name: weight.clone().requires_grad_() for name, weight in weights_of(pool, model).items()}
-    samples = make_samples(num_groups)
-    graph = coupled_loss(leaves, MODELS[model], samples, reference_logps(samples), dict(loss))
-    graph.loss.backward()
-    return graph, {name: leaf.grad if leaf.grad is not None else leaf.detach() * 0 for name, leaf in leaves.items()}
-
-
-def check_gradient(pool: RankPool, case: LayoutCase, *, tolerance: float = TOLERANCE) -> None:
+def check_gradient(pool: RankPool, case: LayoutCase) -> None:
     results: list[RankResult] = pool.run(case.num_ranks, run_case, case)
     start = weights_of(pool, case.model)
     for name, weight in whole_tensors([r.weights_before for r in results]).items():
-        torch.testing.assert_close(weight, start[name], rtol=0, atol=0 if not case.precision.get("bf16") else 1e-2)
-    graph, gradient = expected(pool, case.model, case.num_groups, tuple(sorted(case.loss_options.items())))
+        assert torch.equal(weight, start[name]), f"{name}: the layout starts from other weights"
+    loss = tuple(sorted(case.loss_options.items()))
+    graph, gradient = expected_of(pool, case.model, case.num_groups, loss)
     found = whole_tensors([r.gradient for r in results], replicas_agree_to=1e-6)
-    check_against(found, gradient, tolerance)
-    check_losses(results, graph, case, tolerance)
+    assert relative_gap(found, gradient) <= TOLERANCE
+    assert worst_entry(found, gradient) <= (TOLERANCE, "")
+    check_losses(results, graph, case)
 
 
-def check_against(found: dict[str, torch.Tensor], gradient: dict[str, torch.Tensor], tolerance: float) -> None:
-    assert found.keys() == gradient.keys()
-    norm = float(sum(g.square().sum() for g in gradient.values())) ** 0.5
-    gap = float(sum((found[name] - g).square().sum() for name, g in gradient.items())) ** 0.5
-    assert gap <= tolerance * norm, f"||difference|| / ||gradient|| = {gap / norm:.2e}"
-    largest = max(float(g.abs().max()) for g in gradient.values())
-    for name, g in gradient.items():
-        worst = float((found[name] - g).abs().max()) / largest
-        assert worst <= tolerance, f"{name}: {worst:.2e} of the largest entry"
-
-
-def check_losses(results: list[RankResult], graph: OneGraphLoss, case: LayoutCase, tolerance: float) -> None:
+def check_losses(results: list[RankResult], graph: OneGraphLoss, case: LayoutCase) -> None:
     seen = [(r.losses[0], r.logps[0]) for r in results if r.losses]
     assert seen, "no rank reports a loss"
     for losses, logps_R in seen:
-        assert losses["loss"] == pytest.approx(float(graph.loss.detach()), rel=tolerance)
-        assert losses["preference_loss"] == pytest.approx(float(graph.preference_loss.detach()), rel=tolerance)
-        assert losses["nll_loss"] == pytest.approx(float(graph.nll_loss.detach()), rel=tolerance)
-        np.testing.assert_allclose(logps_R, expected_logps(graph, case), rtol=tolerance)
+        assert losses["loss"] == pytest.approx(float(graph.loss.detach()), rel=TOLERANCE)
+        assert losses["preference_loss"] == pytest.approx(float(graph.preference_loss.detach()), rel=TOLERANCE)
+        assert losses["nll_loss"] == pytest.approx(float(graph.nll_loss.detach()), rel=TOLERANCE)
+        np.testing.assert_allclose(logps_R, expected_logps(graph, case), rtol=TOLERANCE)
         assert losses["drift"] <= 1e-5
 
 
@@ -113,19 +86,18 @@ def test_a_separable_objective_has_its_gradient_from_the_second_pass_alone(pool:
     check_gradient(pool, LayoutCase(loss={"objective": objective, "one_sided_nll": objective == "nca"}))
 
 
-TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2": (2, TP2),
-    "TP2-sequence-parallel": (2, {**TP2, "sequence_parallel": True}),
+    "TP2-sequence-parallel": (2, {**TP2, **SP}),
     "PP2": (2, PP2),
-    "PP2-VPP2": (2, {**PP2, "virtual_pipeline_model_parallel_size": 2}),
+    "PP2-VPP2": (2, {**PP2, **VPP2}),
     "DP2": (2, {}),
     "DP2-overlap": (2, {"overlap_grad_reduce": True}),
     "TP2xPP2": (4, {**TP2, **PP2}),
-    "TP2xPP2-sequence-parallel": (4, {**TP2, **PP2, "sequence_parallel": True}),
+    "TP2xPP2-sequence-parallel": (4, {**TP2, **PP2, **SP}),
     "PP2xDP2": (4, PP2),
     "TP2xDP2": (4, TP2),
-    "PP2-VPP2xDP2-overlap": (4, {**PP2, "virtual_pipeline_model_parallel_size": 2, "overlap_grad_reduce": True}),
+    "PP2-VPP2xDP2-overlap": (4, {**PP2, **VPP2, "overlap_grad_reduce": True}),
     "DP4": (4, {}),
     "PP4": (4, {"pipeline_model_parallel_size": 4}),
 }
@@ -156,6 +128,18 @@ def test_gradient_does_not_depend_on_recomputation(pool: RankPool, precision: di
 def test_a_batch_with_fewer_responses_than_data_parallel_ranks_has_its_gradient(pool: RankPool):
     """Two ranks of four only fill the schedule."""
     check_gradient(pool, LayoutCase(num_ranks=4, num_groups=1, micro_batch_size=1))
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP2-sequence-parallel", "PP2-VPP2", "DP2", "TP2xPP2"])
+def test_bf16_gradient_is_that_of_the_rounded_weights_to_five_percent(pool: RankPool, layout: str):
+    """Measured 1 % to 2 %; a wrong factor or a lost microbatch is far outside."""
+    num_ranks, parallel = LAYOUTS.get(layout, (1, {}))
+    case = LayoutCase(num_ranks=num_ranks, parallel=parallel, precision={"bf16": True})
+    results: list[RankResult] = pool.run(num_ranks, run_case, case)
+    rounded = whole_tensors([r.weights_before for r in results])
+    _, gradient = graph_and_gradient(rounded, case.model, case.num_groups, case.loss_options)
+    found = whole_tensors([r.gradient for r in results], replicas_agree_to=1e-6)
+    assert 1e-4 < relative_gap(found, gradient) <= 0.05
 
 
 @pytest.mark.slow
