@@ -8,4 +8,8 @@ import warnings
 for _what in ("Transformer Engine and Apex are not installed", "Apex is not installed", ".* is experimental"):
     warnings.filterwarnings("ignore", message=_what, category=UserWarning)
 warnings.filterwarnings("ignore", message="full scope is deprecated", category=UserWarning)
+# Loading a checkpoint: what torch's own loader says of the calls Megatron makes.
+warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)

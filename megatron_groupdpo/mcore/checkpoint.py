@@ -95,6 +95,11 @@ def read_common(folder: Path) -> dict[str, Any]:
     return common
 
 
+def weights_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a checkpoint's weights: that of its word embedding."""
+    return dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].dtype
+
+
 def save_checkpoint(
     root: Path,
     chunks: Sequence[Any],

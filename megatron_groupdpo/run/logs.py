@@ -32,6 +32,7 @@ class RunLogger:
         self, *, run_dir: Path | None, tensorboard_dir: Path | None, start_iteration: int, train_iters: int
     ) -> None:
         self.train_iters = train_iters
+        self._interval_ms: list[float] = []
         self._file = None
         if run_dir is not None:
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -44,6 +45,8 @@ class RunLogger:
 
     def write(self, iteration: int, metrics: Mapping[str, Any]) -> None:
         """One object in ``metrics.jsonl``, one point per number in TensorBoard."""
+        if "iteration_ms" in metrics:
+            self._interval_ms.append(metrics["iteration_ms"])
         if self._file is not None:
             self._file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
             self._file.flush()
@@ -53,15 +56,17 @@ class RunLogger:
                     self._writer.add_scalar(name, value, iteration)
 
     def line(self, iteration: int, metrics: Mapping[str, Any], *, consumed_groups: int, global_batch_size: int) -> None:
-        """Megatron's console line, and the time to the end."""
+        """Megatron's console line, with the mean time since the last one, and the time to the end at that pace."""
+        mean_ms = sum(self._interval_ms) / len(self._interval_ms)
+        self._interval_ms.clear()
         parts = [
             f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {iteration:8d}/{self.train_iters:8d}",
             f"consumed samples: {consumed_groups:12d}",
-            f"elapsed time per iteration (ms): {metrics['iteration_ms']:.1f}",
+            f"elapsed time per iteration (ms): {mean_ms:.1f}",
             f"learning rate: {metrics['lr']:.6E}",
             f"global batch size: {global_batch_size:5d}",
             *(f"{title}: {metrics[key]:{form}}" for title, key, form in _ON_THE_LINE if metrics.get(key) is not None),
-            f"ETA: {timedelta(seconds=round((self.train_iters - iteration) * metrics['iteration_ms'] / 1000))}",
+            f"ETA: {timedelta(seconds=round((self.train_iters - iteration) * mean_ms / 1000))}",
         ]
         print(" | ".join(parts) + " |", flush=True)
 

@@ -35,6 +35,8 @@ def train(run: Run) -> Progress:
     print_start(run, first)
     if run.starts_from_reference:
         check_step0_identity(run, first)
+    if run.progress.iteration == 0 and run.config.training.eval_interval is not None:
+        _validate(run, run.progress, logger)
     progress = run.progress
     saved = progress.iteration
     try:

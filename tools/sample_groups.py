@@ -1,0 +1,141 @@
+"""Sample responses to prompts from a checkpoint, score them with a verifier, write them as group records."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.entry import run_entry
+from megatron_groupdpo.errors import ConfigError, DataError, UserError
+from megatron_groupdpo.online.problems import read_problems
+from megatron_groupdpo.online.verifiers import get_verifier, verifier_names
+
+EXAMPLE = """example:
+  torchrun --nproc-per-node 2 tools/sample_groups.py --load runs/warm --prompts data/problems.jsonl \\
+      --num-samples-per-prompt 8 --output data/groups.jsonl
+
+Prompts are problems with known answers, as megatron_groupdpo.online.problems writes them, or GSM8K's. Ranks share
+them; what is drawn does not depend on how many
+ranks there are, nor on the batch size.
+"""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", required=True, metavar="FOLDER", help="checkpoint to sample from")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON Lines of problems with known answers")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON Lines of group records to write")
+    parser.add_argument("--num-samples-per-prompt", type=int, default=8, metavar="N", help="group size (8)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest response (128)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token (1)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="sequences decoded together (256)")
+    parser.add_argument("--verifier", choices=verifier_names(), default="exact_answer")
+    parser.add_argument("--tokenizer-model", metavar="PATH", help="where the checkpoint's tokenizer is now, if moved")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    args = parser.parse_args()
+    if Path(args.output).exists() and not args.overwrite:
+        raise UserError(f"{args.output} exists; choose another --output or add --overwrite")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = (args.num_samples_per_prompt, args.max_new_tokens, args.batch_size, args.tensor_model_parallel_size)
+    if min(sizes) < 1 or world % args.tensor_model_parallel_size:
+        raise ConfigError(
+            f"sizes must be at least 1 and {world} ranks a multiple of the tensor-parallel size; got "
+            f"num_samples_per_prompt, max_new_tokens, batch_size, tensor_model_parallel_size = {sizes}"
+        )
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ConfigError(f"temperature must be >= 0 and top_p in (0, 1]; got {args.temperature} and {args.top_p}")
+    return args
+
+
+def main() -> None:
+    """Sample on this launch's ranks, write on one."""
+    args = parse()
+    from megatron_groupdpo.mcore.checkpoint import find_checkpoint, read_common
+    from megatron_groupdpo.mcore.generate import SamplingOptions
+    from megatron_groupdpo.mcore.policy import load_policy
+    from megatron_groupdpo.mcore.setup import initialize, shut_down
+    from megatron_groupdpo.online.rollouts import rollout_groups
+
+    problems = read_problems(Path(args.prompts))
+    parallel = ParallelConfig(tensor_model_parallel_size=args.tensor_model_parallel_size, device=args.device)
+    ranks = initialize(parallel, seed=args.seed)
+    folder = find_checkpoint(Path(args.load))
+    made_with = read_common(folder)["config"]["tokenizer"]
+    tokenizer = load_tokenizer(
+        TokenizerOptions(
+            kind=made_with["kind"],
+            model=args.tokenizer_model or made_with["model"],
+            chat_template=made_with["chat_template"],
+        )
+    )
+    if tokenizer.digest != made_with["digest"]:
+        raise DataError(f"{args.load} was trained with another tokenizer than {args.tokenizer_model}; give its own")
+    policy = load_policy(folder, parallel, PrecisionConfig(bf16=args.bf16), ranks)
+    mine = problems[ranks.dp_group.rank() :: ranks.dp_group.size()]
+    bar = tqdm(
+        total=len(mine) * args.num_samples_per_prompt,
+        desc="sample",
+        unit=" responses",
+        disable=not ranks.is_logger,
+        mininterval=1.0,
+    )
+    groups = rollout_groups(
+        policy,
+        tokenizer,
+        mine,
+        num_samples_per_prompt=args.num_samples_per_prompt,
+        options=SamplingOptions(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            seed=args.seed,
+            batch_size=args.batch_size,
+        ),
+        verifier=get_verifier(args.verifier),
+        on_done=bar.update,
+    )
+    bar.close()
+    shards: list[Any] = [None] * ranks.dp_group.size()
+    dist.all_gather_object(shards, groups, group=ranks.dp_group)
+    if ranks.is_logger:
+        everything = [shards[index % len(shards)][index // len(shards)] for index in range(len(problems))]
+        write(Path(args.output), everything)
+    dist.barrier()
+    shut_down()
+
+
+def write(path: Path, groups: list[dict[str, Any]]) -> None:
+    """The file, whole or not at all, and a summary."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(group, ensure_ascii=False) + "\n" for group in groups)
+    os.replace(temporary, path)
+    scores = [[response["score"] for response in group["responses"]] for group in groups]
+    mixed = sum(0 < sum(score > 0 for score in group) < len(group) for group in scores)
+    flat = [score for group in scores for score in group]
+    print(
+        f"{path}: {len(groups)} groups of {len(flat) // max(1, len(groups))}; {sum(flat) / max(1, len(flat)):.1%} of "
+        f"the responses verified, {mixed} groups hold both right and wrong ones",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    run_entry(main)

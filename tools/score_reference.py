@@ -1,0 +1,91 @@
+"""Score token stores with a reference checkpoint, once, for ``--reference cached``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.entry import run_entry
+from megatron_groupdpo.errors import ConfigError
+
+EXAMPLE = """example:
+  torchrun --nproc-per-node 2 tools/score_reference.py --load runs/warm --data-path data/groups.store \\
+      --output data/reference --pipeline-model-parallel-size 2 --micro-batch-size 8
+
+A run that is killed goes on where it stopped. The numbers do not depend on the layout. Train with
+  --reference cached --reference-logprobs data/reference
+"""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--load", required=True, metavar="FOLDER", help="checkpoint of the reference model")
+    parser.add_argument("--data-path", required=True, nargs="+", metavar="STORE", help="token stores to score")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where the log-probabilities are kept")
+    parser.add_argument("--micro-batch-size", type=int, default=8, metavar="N", help="responses per microbatch (8)")
+    parser.add_argument("--groups-per-batch", type=int, default=64, metavar="N", help="groups between two writes (64)")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--bf16", action="store_true", help="as the training run will have it; otherwise fp32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Score every store on the layout of this launch."""
+    args = parse()
+    world, model_ranks = (
+        int(os.environ.get("WORLD_SIZE", "1")),
+        args.tensor_model_parallel_size * args.pipeline_model_parallel_size,
+    )
+    if min(args.micro_batch_size, args.groups_per_batch, model_ranks) < 1 or world % model_ranks:
+        raise ConfigError(
+            f"{world} ranks must be a multiple of tensor x pipeline = {model_ranks}, and all sizes at least 1; "
+            "change --nproc-per-node or the parallel sizes"
+        )
+    stores = [TokenStore.open(path) for path in args.data_path]
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        device=args.device,
+    )
+    # Megatron takes seconds to import: a mistyped path is answered before.
+    from megatron_groupdpo.mcore.policy import load_policy
+    from megatron_groupdpo.mcore.setup import initialize, shut_down
+    from megatron_groupdpo.reference.score import score_store
+
+    ranks = initialize(parallel, seed=0)
+    policy = load_policy(Path(args.load), parallel, PrecisionConfig(bf16=args.bf16), ranks)
+    plan = PlanOptions(
+        micro_batch_size=args.micro_batch_size,
+        data_parallel_size=ranks.dp_group.size(),
+        same_length=args.pipeline_model_parallel_size > 1,
+    )
+    for store in stores:
+        bar = tqdm(total=len(store), unit=" groups", desc=f"score {store.path}", disable=not ranks.is_logger)
+        written = score_store(
+            policy,
+            store,
+            Path(args.output),
+            plan=plan,
+            groups_per_batch=args.groups_per_batch,
+            on_start=lambda done, _total, bar=bar: bar.update(done),
+            on_groups=bar.update,
+        )
+        bar.close()
+        if ranks.is_logger:
+            print(f"{store.path}: {written} of {store.num_responses} responses scored into {args.output}", flush=True)
+    shut_down()
+
+
+if __name__ == "__main__":
+    run_entry(main)
