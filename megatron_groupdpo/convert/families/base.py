@@ -1,0 +1,88 @@
+"""What a model family declares, and the words for saying that a configuration is not one of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_groupdpo.config import ModelConfig
+from megatron_groupdpo.convert.transforms import COPY, Transform
+from megatron_groupdpo.errors import ConfigError
+
+HfConfig = Mapping[str, Any]
+"""``config.json`` as the family's configuration class reads it: every field present, RoPE in ``rope_parameters``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Where Hugging Face keeps one Megatron tensor."""
+
+    hf: tuple[str, ...]
+    """Tensor names, ``{layer}`` standing for the layer's number."""
+    transform: Transform = COPY
+
+
+def rule(*hf: str, transform: Transform = COPY) -> Rule:
+    """A :class:`Rule`, written short."""
+    return Rule(hf, transform)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One architecture of ``transformers`` and its place in Megatron."""
+
+    name: str
+    architecture: str
+    """``architectures[0]`` in config.json."""
+    model_type: str
+    rules: Mapping[str, Rule]
+    """By Megatron's name (see ``megatron_names.py``). Rules for tensors that a given model lacks do not apply."""
+    to_model: Callable[[HfConfig], ModelConfig]
+    """Raises ConfigError naming the field that ModelConfig cannot express."""
+    to_hf: Callable[[ModelConfig], dict[str, Any]]
+    """config.json without token ids and dtype. Raises ConfigError naming the field that the family lacks."""
+    prefix: str
+    """What the names of the inner model's tensors start with, and may lack in files saved without the head."""
+    ignorable: tuple[str, ...] = ()
+    """Regular expressions of tensors that hold no parameter (buffers of old versions)."""
+    tied_copies: Mapping[str, str] = field(default_factory=dict)
+    """Copies that a file of a model with tied embeddings may hold, and what each is a copy of."""
+
+
+def require(config: HfConfig, name: str, *allowed: Any) -> None:
+    """Refuse a field of config.json that is present with another value than the allowed ones."""
+    value = config.get(name, allowed[0])
+    if value not in allowed:
+        raise ConfigError(
+            f"{name} is {value!r}, which the model section has no field for; only {_either(allowed)} can be converted"
+        )
+
+
+def require_model(model: ModelConfig, family: str, **values: Any) -> None:
+    """Refuse a model that the family cannot express: a field with another value than the given one."""
+    for name, value in values.items():
+        if getattr(model, name) != value:
+            raise ConfigError(f"{family} has {name} {value!r}, the model {getattr(model, name)!r}")
+
+
+def one_of(config: HfConfig, name: str, known: Mapping[str, str]) -> str:
+    """Translate a field whose values have other names here; refuse the others."""
+    require(config, name, *known)
+    return known[config[name]]
+
+
+def rotary_base(config: HfConfig) -> int:
+    """The base of plain RoPE; any scaling is refused."""
+    rope = config.get("rope_parameters") or {}
+    named = {f"rope_parameters.{name}": value for name, value in rope.items()}
+    require(named, "rope_parameters.rope_type", "default")
+    require(named, "rope_parameters.partial_rotary_factor", 1.0, None)
+    theta = named.get("rope_parameters.rope_theta")
+    if not isinstance(theta, int | float) or theta != int(theta) or theta < 1:
+        raise ConfigError(f"rope_parameters.rope_theta is {theta!r}; only whole positive numbers can be converted")
+    return int(theta)
+
+
+def _either(values: tuple[Any, ...]) -> str:
+    return " or ".join(repr(value) for value in values)

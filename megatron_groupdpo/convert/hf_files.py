@@ -1,0 +1,112 @@
+"""The weights of a Hugging Face folder: safetensors, one file or several with an index, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_groupdpo.convert.megatron_names import Shape
+from megatron_groupdpo.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    file: Path
+    shape: Shape
+    dtype: str
+    """As safetensors spells it."""
+
+
+class HfWeights:
+    """All tensors of a folder by name. Files are mapped into memory; only tensors that are read are loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file and read its header.
+
+        Raises:
+            CheckpointError: no safetensors, a missing or corrupt file, an index that does not fit the files.
+        """
+        self.folder = folder
+        self._files: dict[Path, Any] = {}
+        self._places = self._read_index(folder / INDEX) if (folder / INDEX).exists() else self._read_single()
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every tensor."""
+        return {name: place.shape for name, place in self._places.items()}
+
+    def dtype(self, names: set[str]) -> torch.dtype:
+        """The dtype of the named tensors: their common one; float32 for several, which holds each exactly.
+
+        Raises:
+            CheckpointError: a tensor is not of floating point numbers (quantized, for example).
+        """
+        found = set()
+        for name in sorted(names):
+            dtype = self._places[name].dtype
+            if dtype not in _DTYPES or dtype == "F64":
+                raise CheckpointError(
+                    f"{self._places[name].file}: tensor {name!r} is of type {dtype}; only F32, F16 and BF16 can be "
+                    "converted. Save the model in one of them"
+                )
+            found.add(_DTYPES[dtype])
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor, in host memory."""
+        place = self._places[name]
+        try:
+            return self._open(place.file).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{place.file}: tensor {name!r} cannot be read ({error}); get the file again"
+            ) from None
+
+    def _open(self, file: Path) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(file, framework="pt", device="cpu")
+            except FileNotFoundError:
+                raise CheckpointError(f"{file} is missing, though {INDEX} names it; get the model again") from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} is not a whole safetensors file ({error}); get it again") from None
+        return self._files[file]
+
+    def _header(self, file: Path) -> dict[str, _Place]:
+        opened = self._open(file)
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        return {
+            name: _Place(file=file, shape=tuple(part.get_shape()), dtype=part.get_dtype())
+            for name, part in slices.items()
+        }
+
+    def _read_index(self, index: Path) -> dict[str, _Place]:
+        try:
+            weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{index} is not an index of safetensors files ({error}); get it again") from None
+        headers = {file: self._header(self.folder / file) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in headers[file]:
+                raise CheckpointError(f"{self.folder / file} lacks the tensor {name!r}, though {INDEX} places it there")
+        return {name: headers[file][name] for name, file in weight_map.items()}
+
+    def _read_single(self) -> dict[str, _Place]:
+        if (self.folder / WEIGHTS).exists():
+            return self._header(self.folder / WEIGHTS)
+        if any(self.folder.glob("*.bin")):
+            raise CheckpointError(
+                f"{self.folder} holds its weights as .bin files, which can run code when read; write them as "
+                "safetensors first: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+            )
+        raise CheckpointError(f"{self.folder} holds neither {WEIGHTS} nor {INDEX}; give the folder of a whole model")

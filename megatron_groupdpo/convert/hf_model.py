@@ -1,0 +1,190 @@
+"""A Hugging Face folder, understood: which family, which model, and where each of its tensors is.
+
+Everything that can be wrong with a folder is found here, from its configuration and the headers of its files, before a
+model is built or a file written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_groupdpo.config import ModelConfig
+from megatron_groupdpo.convert.families import Family, HfConfig, family_of_config
+from megatron_groupdpo.convert.families.base import require
+from megatron_groupdpo.convert.hf_files import HfWeights
+from megatron_groupdpo.convert.plan import Key, Pair, conversion_plan
+from megatron_groupdpo.errors import CheckpointError, ConfigError
+
+CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+_SHOWN = 3
+"""Tensors named in one message."""
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+}
+"""Fields of any family that would change the model, and the values under which they do not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HfModel:
+    """A model in its Hugging Face form, not yet loaded."""
+
+    folder: Path
+    family: Family
+    config: dict[str, Any]
+    """config.json, word for word."""
+    model: ModelConfig
+    plan: dict[Key, Pair]
+    weights: HfWeights
+    names: dict[str, str]
+    """The plan's tensor names to the file's, which may lack the family's prefix."""
+    ignored: tuple[str, ...]
+    """Tensors in the files that are not read."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.weights.dtype(set(self.names.values()))
+
+    def read(self, key: Key) -> Tensor:
+        """The whole Megatron tensor, in the files' dtype, without rows that pad the vocabulary."""
+        pair = self.plan[key]
+        return pair.merge([self.weights.read(self.names[name]) for name in pair.hf])
+
+
+def open_hf_model(folder: Path) -> HfModel:
+    """Read a folder's configuration and headers, and check them against each other.
+
+    Raises:
+        ConfigError: an architecture or field that cannot be converted.
+        CheckpointError: not a model folder, a LoRA adapter, corrupt files; a tensor missing, unknown or misshapen.
+    """
+    config = _read_config(folder)
+    try:
+        family = family_of_config(config)
+        model = model_of_config(family, config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from None
+    weights = HfWeights(folder)
+    plan = conversion_plan(family, model)
+    expected = {name: shape for pair in plan.values() for name, shape in pair.hf.items()}
+    names = _names_in_file(expected, weights, family)
+    ignored = _check_names(folder, set(expected), names, weights, family, model)
+    for name, shape in expected.items():
+        found = weights.shapes[names[name]]
+        if found != shape:
+            raise CheckpointError(
+                f"{folder}: tensor {names[name]!r} has shape {list(found)}, {CONFIG} asks for {list(shape)}; "
+                "the files and the configuration are not of one model"
+            )
+    weights.dtype(set(names.values()))
+    return HfModel(
+        folder=folder,
+        family=family,
+        config=config,
+        model=model,
+        plan=plan,
+        weights=weights,
+        names=names,
+        ignored=ignored,
+    )
+
+
+def model_of_config(family: Family, config: HfConfig) -> ModelConfig:
+    """The model section of a config.json of the family; ConfigError names what cannot be converted."""
+    from transformers import CONFIG_MAPPING
+
+    for name, values in _NEUTRAL.items():
+        require(config, name, *values)
+    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        raise ConfigError(f"layer_types is {config['layer_types']!r}; only 'full_attention' can be converted")
+    try:
+        complete = CONFIG_MAPPING[family.model_type].from_dict(dict(config)).to_dict()
+    except Exception as error:  # transformers validates with errors of several libraries
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"transformers refuses it as a {family.model_type} configuration ({reason})") from None
+    return family.to_model(complete)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        raise CheckpointError(f"{folder} {what}; give the folder of a Hugging Face model")
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{folder} holds an adapter (adapter_config.json), not a model; merge it into its base model first, with "
+            "peft's merge_and_unload(), and convert the result"
+        )
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face model")
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{folder / CONFIG} is not JSON ({error}); get it again") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{folder / CONFIG} must hold an object, found a {type(config).__name__}; get it again")
+    return config
+
+
+def _names_in_file(expected: Iterable[str], weights: HfWeights, family: Family) -> dict[str, str]:
+    found = {}
+    for name in expected:
+        for candidate in (name, name.removeprefix(family.prefix)):
+            if candidate in weights.shapes:
+                found[name] = candidate
+                break
+    return found
+
+
+def _check_names(
+    folder: Path, expected: set[str], names: dict[str, str], weights: HfWeights, family: Family, model: ModelConfig
+) -> tuple[str, ...]:
+    """Refuse missing and unknown tensors; the names of those that are passed over."""
+    missing = sorted(expected - names.keys())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: missing {_listed(missing)}, which a {family.architecture} with this {CONFIG} has; "
+            "get the model again, or correct the configuration"
+        )
+    tied = {} if model.untie_embeddings_and_output_weights else family.tied_copies
+    ignored, unknown = [], []
+    for name in sorted(weights.shapes.keys() - set(names.values())):
+        if name in tied:
+            _check_copy(folder, name, names[tied[name]], weights)
+            ignored.append(name)
+        elif any(re.fullmatch(pattern, full) for pattern in family.ignorable for full in (name, family.prefix + name)):
+            ignored.append(name)
+        else:
+            unknown.append(name)
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: unexpected {_listed(unknown)}, which no {family.architecture} with this {CONFIG} has; "
+            "converting without it would change the model"
+        )
+    return tuple(ignored)
+
+
+def _check_copy(folder: Path, copy: str, original: str, weights: HfWeights) -> None:
+    if not torch.equal(weights.read(copy), weights.read(original)):
+        raise CheckpointError(
+            f"{folder}: {CONFIG} ties the embeddings, but the tensors {copy!r} and {original!r} differ; "
+            "set tie_word_embeddings to false there if the output layer has weights of its own"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_SHOWN])
+    rest = len(names) - _SHOWN
+    return f"tensor{'s' * (len(names) > 1)} {shown}" + (f" and {rest} more" if rest > 0 else "")

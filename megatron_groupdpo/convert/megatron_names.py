@@ -1,0 +1,66 @@
+"""The tensors of a Megatron model by global name: the side of the mapping that all families share.
+
+A name that starts with ``decoder.layers.`` stands for one tensor per layer, as in a distributed checkpoint. Shapes are
+those of one whole layer on no particular layout, without the rows that pad the vocabulary.
+"""
+
+from __future__ import annotations
+
+from megatron_groupdpo.config import ModelConfig
+
+LAYERS = "decoder.layers."
+Shape = tuple[int, ...]
+
+# Fused Transformer Engine layers keep a norm in the linear layer behind it, and their checkpoints name it so.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+}
+
+
+def canonical_name(name: str) -> str:
+    """The name of a tensor in the local layer spec, for either layer spec's name."""
+    for fused, plain in _FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
+
+
+def is_per_layer(name: str) -> bool:
+    """Whether the model has one such tensor per layer."""
+    return name.startswith(LAYERS)
+
+
+def megatron_tensors(model: ModelConfig) -> dict[str, Shape]:
+    """Name and shape of every tensor that a model with all its sizes filled in has."""
+    assert model.vocab_size is not None
+    assert model.kv_channels is not None
+    assert model.ffn_hidden_size is not None
+    assert model.num_query_groups is not None
+    hidden, heads, head = model.hidden_size, model.num_attention_heads, model.kv_channels
+    ffn = model.ffn_hidden_size
+    qkv = (heads + 2 * model.num_query_groups) * head
+    bias = model.add_bias_linear
+    tensors: dict[str, Shape] = {"embedding.word_embeddings.weight": (model.vocab_size, hidden)}
+    if model.position_embedding_type == "learned_absolute":
+        tensors["embedding.position_embeddings.weight"] = (model.max_position_embeddings, hidden)
+    tensors |= _norm(LAYERS + "input_layernorm", hidden, model)
+    tensors |= _linear(LAYERS + "self_attention.linear_qkv", qkv, hidden, bias=bias or model.add_qkv_bias)
+    if model.qk_layernorm:
+        tensors |= _norm(LAYERS + "self_attention.q_layernorm", head, model)
+        tensors |= _norm(LAYERS + "self_attention.k_layernorm", head, model)
+    tensors |= _linear(LAYERS + "self_attention.linear_proj", hidden, heads * head, bias=bias)
+    tensors |= _norm(LAYERS + "pre_mlp_layernorm", hidden, model)
+    tensors |= _linear(LAYERS + "mlp.linear_fc1", 2 * ffn if model.swiglu else ffn, hidden, bias=bias)
+    tensors |= _linear(LAYERS + "mlp.linear_fc2", hidden, ffn, bias=bias)
+    tensors |= _norm("decoder.final_layernorm", hidden, model)
+    if model.untie_embeddings_and_output_weights:
+        tensors["output_layer.weight"] = (model.vocab_size, hidden)
+    return tensors
+
+
+def _linear(name: str, rows: int, columns: int, *, bias: bool) -> dict[str, Shape]:
+    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def _norm(name: str, size: int, model: ModelConfig) -> dict[str, Shape]:
+    return {f"{name}.weight": (size,)} | ({f"{name}.bias": (size,)} if model.normalization == "LayerNorm" else {})

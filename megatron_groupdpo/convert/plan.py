@@ -1,0 +1,53 @@
+"""Every tensor of one model, paired between Megatron and Hugging Face, with the shapes both must have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_groupdpo.config import ModelConfig
+from megatron_groupdpo.convert.families import Family
+from megatron_groupdpo.convert.megatron_names import Shape, is_per_layer, megatron_tensors
+from megatron_groupdpo.convert.transforms import Transform
+
+Key = tuple[str, int | None]
+"""Megatron's global name and the layer; None for tensors outside the layers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One Megatron tensor and the Hugging Face tensors it is made of."""
+
+    shape: Shape
+    """Of the Megatron tensor, without the rows that pad the vocabulary."""
+    hf: dict[str, Shape]
+    """Names in the order the transform takes them."""
+    transform: Transform
+    model: ModelConfig
+
+    def merge(self, parts: list[Tensor]) -> Tensor:
+        """Hugging Face to Megatron."""
+        return self.transform.merge(parts, self.model)
+
+    def split(self, whole: Tensor) -> dict[str, Tensor]:
+        """Megatron to Hugging Face."""
+        return dict(zip(self.hf, self.transform.split(whole, self.model), strict=True))
+
+
+def conversion_plan(family: Family, model: ModelConfig) -> dict[Key, Pair]:
+    """A pair for each tensor of the model, in the model's order."""
+    tensors = megatron_tensors(model)
+    assert tensors.keys() <= family.rules.keys(), f"{family.name} lacks {tensors.keys() - family.rules.keys()}"
+    outside = [(name, None) for name in tensors if not is_per_layer(name)]
+    inside = [(name, layer) for layer in range(model.num_layers) for name in tensors if is_per_layer(name)]
+    return {(name, layer): _pair(family, model, name, layer, tensors[name]) for name, layer in [*outside, *inside]}
+
+
+def _pair(family: Family, model: ModelConfig, name: str, layer: int | None, shape: Shape) -> Pair:
+    rule = family.rules[name]
+    names = [hf.format(layer=layer) for hf in rule.hf]
+    parts = rule.transform.split(torch.empty(shape, device="meta"), model)
+    shapes = [tuple(part.shape) for part in parts]
+    return Pair(shape=shape, hf=dict(zip(names, shapes, strict=True)), transform=rule.transform, model=model)

@@ -1,0 +1,190 @@
+"""Per-token log-probabilities of the same tokens under ``transformers`` and under Megatron, in fp32.
+
+A reward is a difference of log-probabilities, so closeness is asked of these and not of logits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_groupdpo.convert import tokenizers
+from megatron_groupdpo.convert.hf_model import HfModel
+from megatron_groupdpo.errors import ConfigError, DataError
+from megatron_groupdpo.mcore.policy import Policy
+from megatron_groupdpo.types import Microbatch
+
+TOLERANCE = 1e-4
+"""Largest difference of one token's log-probability, in fp32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstToken:
+    """Where the two differ most."""
+
+    sequence: int
+    position: int
+    """The predicted token's, from 0; token 0 has no prediction."""
+    token_id: int
+    transformers: float | None
+    """None: not a number."""
+    megatron: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Differences of log-probabilities, in nats."""
+
+    num_sequences: int
+    num_tokens: int
+    max_difference: float | None
+    """None: not a number."""
+    mean_difference: float | None
+    worst: WorstToken
+    tolerance: float
+    passed: bool
+
+
+def random_sequences(vocab_size: int, *, count: int, length: int, seed: int) -> list[np.ndarray]:
+    """Token ids drawn uniformly: ``count`` arrays [length] int64."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, vocab_size, size=length, dtype=np.int64) for _ in range(count)]
+
+
+def text_sequences(file: Path, source: HfModel, tokenizer: str | None, *, count: int, length: int) -> list[np.ndarray]:
+    """The first ``count`` lines of a text file as token ids, each cut to ``length``.
+
+    Raises:
+        DataError: the file or the tokenizer cannot be read, or no line has two tokens.
+    """
+    if tokenizer is None and not tokenizers.has_tokenizer(source.folder):
+        raise DataError(f"{source.folder} has no tokenizer to read {file} with; give one with --tokenizer")
+    options = tokenizers.options_for(str(source.folder) if tokenizer is None else tokenizer)
+    loaded = tokenizers.load_checked(options, source.model)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot be read ({error})") from None
+    ids = (np.array(loaded.encode(line)[:length], dtype=np.int64) for line in lines)
+    sequences = [tokens for tokens in ids if len(tokens) > 1][:count]
+    if not sequences:
+        raise DataError(f"{file}: no line has two tokens or more, so there is nothing to compare")
+    return sequences
+
+
+def check_length(model_positions: int, length: int) -> None:
+    """Refuse sequences longer than the model has positions for."""
+    if not 2 <= length <= model_positions:
+        raise ConfigError(f"--seq-length must be between 2 and the model's {model_positions} positions, got {length}")
+
+
+def transformers_logprobs(folder: Path, sequences: Sequence[np.ndarray]) -> list[Tensor]:
+    """Log-probability of tokens 1.. of each sequence, [length - 1] float32, under ``transformers`` in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
+    model.eval()
+    logprobs = []
+    for tokens in sequences:
+        tokens_S = torch.from_numpy(tokens)
+        with torch.no_grad():
+            logits_SV = model(input_ids=tokens_S[None], use_cache=False).logits[0].float()
+        logprobs.append(logits_SV[:-1].log_softmax(-1).gather(1, tokens_S[1:, None])[:, 0])
+    return logprobs
+
+
+def megatron_logprobs(policy: Policy, sequences: Sequence[np.ndarray]) -> list[Tensor] | None:
+    """The same under a policy, on any tensor- and pipeline-parallel layout; None except on the last stage."""
+    assert policy.ranks.dp_cp_group.size() == 1, "every rank scores every sequence"
+    longest = max(len(tokens) for tokens in sequences)
+    lengths = [len(tokens) - 1 for tokens in sequences]
+    microbatches, first = [], 0
+    for tokens in sequences:
+        microbatches.append(_microbatch(torch.from_numpy(tokens), first=first, length=longest))
+        first += len(tokens) - 1
+    logprobs_T = policy.engine.score(microbatches, first)
+    return None if logprobs_T is None else list(logprobs_T.cpu().split(lengths))
+
+
+def _microbatch(tokens_S: Tensor, *, first: int, length: int) -> Microbatch:
+    """One padded sequence whose every token is a response of its own: scores are then log-probabilities of tokens."""
+    num_targets = len(tokens_S) - 1
+    padded_BS = torch.zeros((1, length), dtype=torch.int64)
+    padded_BS[0, : len(tokens_S)] = tokens_S
+    return Microbatch(
+        tokens_BS=padded_BS,
+        position_ids_BS=torch.arange(length)[None],
+        hidden_positions_T=torch.arange(num_targets),
+        targets_T=tokens_S[1:],
+        owners_T=torch.arange(num_targets),
+        responses_r=torch.arange(first, first + num_targets),
+    )
+
+
+def compare(
+    sequences: Sequence[np.ndarray],
+    theirs: Sequence[Tensor],
+    ours: Sequence[Tensor],
+    *,
+    tolerance: float = TOLERANCE,
+) -> Comparison:
+    """Largest and mean difference. A log-probability that is not a number on either side never passes."""
+    both = [(their.double(), our.double()) for their, our in zip(theirs, ours, strict=True)]
+    differences = [(their - our).abs() for their, our in both]
+    flat_T = torch.cat(differences)
+    place = int(flat_T.nan_to_num(nan=math.inf).argmax())
+    sequence = 0
+    while place >= len(differences[sequence]):
+        place -= len(differences[sequence])
+        sequence += 1
+    largest = float(differences[sequence][place])
+    return Comparison(
+        num_sequences=len(sequences),
+        num_tokens=flat_T.numel(),
+        max_difference=_finite(largest),
+        mean_difference=_finite(float(flat_T.mean())),
+        worst=WorstToken(
+            sequence=sequence,
+            position=place + 1,
+            token_id=int(sequences[sequence][place + 1]),
+            transformers=_finite(float(both[sequence][0][place])),
+            megatron=_finite(float(both[sequence][1][place])),
+        ),
+        tolerance=tolerance,
+        passed=largest <= tolerance,  # False for NaN
+    )
+
+
+def _finite(value: float) -> float | None:
+    # JSON has no NaN.
+    return value if math.isfinite(value) else None
+
+
+def write_report(file: Path, comparison: Comparison, **said: Any) -> None:
+    """The comparison as JSON, with what was compared."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**said, **asdict(comparison)}, indent=2) + "\n")
+
+
+def describe(comparison: Comparison) -> str:
+    """The comparison in lines for people."""
+    worst = comparison.worst
+    return (
+        f"{comparison.num_tokens} tokens of {comparison.num_sequences} sequences: difference of log-probabilities "
+        f"max {_number(comparison.max_difference)}, mean {_number(comparison.mean_difference)} "
+        f"(tolerance {comparison.tolerance:g})\n"
+        f"worst token: id {worst.token_id} at position {worst.position} of sequence {worst.sequence}: "
+        f"transformers {_number(worst.transformers, '.6f')}, megatron {_number(worst.megatron, '.6f')}"
+    )
+
+
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "not a number" if value is None else format(value, form)

@@ -1,0 +1,244 @@
+"""Hugging Face models in and out: import to a distributed checkpoint, export it back, verify by log-probabilities."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_groupdpo.entry import run_entry
+from megatron_groupdpo.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from megatron_groupdpo.mcore.setup import Ranks
+
+EXAMPLE = """\
+examples:
+  python tools/convert_checkpoint.py import --hf models/llama --save checkpoints/llama
+  python tools/convert_checkpoint.py export --load checkpoints/run1 --hf models/run1
+  python tools/convert_checkpoint.py verify --load checkpoints/run1 --hf models/run1 --report verify.json
+
+COMMAND --help lists the options of each. One process, on the CPU unless --device says otherwise; the checkpoint
+loads at any tensor- and pipeline-parallel size.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = _parser(argparse.ArgumentParser, prog="convert_checkpoint.py", description=__doc__, epilog=EXAMPLE)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,verify}")
+    _add_import(commands)
+    _add_export(commands)
+    _add_verify(commands)
+    return parser
+
+
+def _parser(make: object, *args: object, **kwargs: object) -> argparse.ArgumentParser:
+    kwargs |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    return make(*args, **kwargs)  # type: ignore[operator]
+
+
+def _add_import(commands: object) -> None:
+    parser = _parser(
+        commands.add_parser,  # type: ignore[attr-defined]
+        "import",
+        help="Hugging Face folder to distributed checkpoint",
+        description="Hugging Face folder (safetensors) to distributed checkpoint. Writes SAVE/iter_0000000, "
+        "the\ntokenizer, and model.yaml: the model section to put into a run's configuration.",
+        epilog="example:\n  python tools/convert_checkpoint.py import --hf models/llama --save checkpoints/llama\n"
+        "  torchrun ... -m megatron_groupdpo.train --config run.yaml --pretrained-checkpoint checkpoints/llama",
+    )
+    parser.add_argument("--hf", required=True, type=Path, metavar="FOLDER", help="the Hugging Face model")
+    parser.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="the checkpoint folder to make")
+    parser.add_argument(
+        "--dtype",
+        default="keep",
+        choices=("keep", "fp32", "bf16"),
+        help="of the weights; keep (default): as in the files, fp16 as fp32",
+    )
+    parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=int,
+        metavar="N",
+        help="vocabulary rows are padded to a multiple of this times the tensor-parallel size (default 128)",
+    )
+    _add_common(parser, "in place of the one in the --hf folder")
+
+
+def _add_export(commands: object) -> None:
+    parser = _parser(
+        commands.add_parser,  # type: ignore[attr-defined]
+        "export",
+        help="distributed checkpoint to Hugging Face folder",
+        description="Distributed checkpoint to a Hugging Face folder: config.json, generation_config.json, tokenizer, "
+        "safetensors.",
+        epilog="example:\n"
+        "  python tools/convert_checkpoint.py export --load checkpoints/run1 --hf models/run1 --dtype bf16",
+    )
+    parser.add_argument(
+        "--load", required=True, type=Path, metavar="FOLDER", help="a run's --save folder, or one iter_ folder in it"
+    )
+    parser.add_argument("--hf", required=True, type=Path, metavar="FOLDER", help="the Hugging Face folder to make")
+    parser.add_argument(
+        "--dtype",
+        default="keep",
+        choices=("keep", "fp32", "bf16", "fp16"),
+        help="of the weights; keep (default): as imported, else as in the checkpoint",
+    )
+    parser.add_argument("--family", metavar="NAME", help="llama or gpt2 (default: found from the model)")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, such as 500MB (default 5GB)"
+    )
+    _add_common(parser, "in place of the one that the checkpoint names")
+
+
+def _add_verify(commands: object) -> None:
+    parser = _parser(
+        commands.add_parser,  # type: ignore[attr-defined]
+        "verify",
+        help="compare per-token log-probabilities of both",
+        description="Per-token log-probabilities of the same tokens under transformers (the --hf folder) and Megatron "
+        "(the --load\ncheckpoint, or the --hf folder imported on the fly), both in fp32. Exits with 1 above the "
+        "tolerance.",
+        epilog="example:\n"
+        "  python tools/convert_checkpoint.py verify --hf models/llama --text sample.txt --report verify.json",
+    )
+    parser.add_argument("--hf", required=True, type=Path, metavar="FOLDER", help="the Hugging Face model")
+    parser.add_argument("--load", type=Path, metavar="FOLDER", help="the checkpoint (default: import --hf in memory)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="lines of text to compare on (default: random tokens)"
+    )
+    parser.add_argument("--num-sequences", type=int, default=8, metavar="N", help="lines or draws (default 8)")
+    parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of each at most (default 64, or all)")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of random tokens (default 1234)")
+    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="largest difference (default 1e-4)")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the result as JSON")
+    parser.add_argument("--tokenizer", metavar="PATH", help="to read --text with, in place of the one in --hf")
+    _add_device(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser, instead: str) -> None:
+    parser.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help=f"{instead}: a SentencePiece .model file, a Hugging Face folder or a hub name",
+    )
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder of the same kind")
+    _add_device(parser)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where the model is held (default cpu)"
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Everything behind the command line."""
+    args = build_parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that clean-up runs
+    {"import": _import, "export": _export, "verify": _verify}[args.command](args)
+
+
+def _initialize(args: argparse.Namespace) -> Ranks:
+    from megatron_groupdpo.config import ParallelConfig
+    from megatron_groupdpo.mcore.setup import initialize
+
+    return initialize(ParallelConfig(device=args.device), seed=0)
+
+
+def _import(args: argparse.Namespace) -> None:
+    from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf, prepare_import
+
+    options = ImportOptions(
+        dtype=args.dtype,
+        make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
+        tokenizer=args.tokenizer,
+        with_tokenizer=not args.no_tokenizer,
+        overwrite=args.overwrite,
+    )
+    prepare_import(args.hf, args.save, options)  # refused before anything starts
+    report = import_hf(args.hf, args.save, options, _initialize(args))
+    for name in report.source.ignored:
+        print(f"ignored: {name}")
+    tokenizer = "with its tokenizer" if report.has_tokenizer else "without a tokenizer"
+    print(f"{report.source.family.architecture} imported to {report.checkpoint} ({_name(report.dtype)}, {tokenizer})")
+    print(f"model section for a run's configuration: {report.checkpoint / MODEL_YAML}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, parse_size
+
+    options = ExportOptions(
+        family=args.family, dtype=args.dtype, max_shard_size=parse_size(args.max_shard_size), overwrite=args.overwrite
+    )
+    report = export_checkpoint(
+        args.load,
+        args.hf,
+        options,
+        _initialize(args),
+        tokenizer=args.tokenizer,
+        with_tokenizer=not args.no_tokenizer,
+    )
+    tokenizer = "with its tokenizer" if report.has_tokenizer else "without a tokenizer (give one with --tokenizer)"
+    print(
+        f"{report.family.architecture} exported to {report.folder} ({_name(report.dtype)}, {report.num_bytes:,} bytes "
+        f"in {report.num_files} file{'s' * (report.num_files > 1)}, {tokenizer})"
+    )
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+    from megatron_groupdpo.convert import verify
+    from megatron_groupdpo.convert.hf_model import open_hf_model
+    from megatron_groupdpo.convert.weights import check_same_model, fill
+    from megatron_groupdpo.mcore.policy import build_policy, load_policy
+
+    source = open_hf_model(args.hf)
+    positions, vocab_size = source.model.max_position_embeddings, source.model.vocab_size
+    assert vocab_size is not None
+    length = args.seq_length
+    if length is None:
+        length = min(64, positions) if args.text is None else positions
+    verify.check_length(positions, length)
+    count = max(1, args.num_sequences)
+    if args.text is None:
+        sequences = verify.random_sequences(vocab_size, count=count, length=length, seed=args.seed)
+    else:
+        sequences = verify.text_sequences(args.text, source, args.tokenizer, count=count, length=length)
+    theirs = verify.transformers_logprobs(args.hf, sequences)
+    ranks = _initialize(args)
+    if args.load is None:
+        policy = build_policy(source.model, ParallelConfig(), PrecisionConfig(), ranks, seed=0, training=False)
+        fill(policy, source)
+    else:
+        policy = load_policy(args.load, ParallelConfig(), PrecisionConfig(), ranks)
+        check_same_model(source, policy.model)
+    ours = verify.megatron_logprobs(policy, sequences)
+    assert ours is not None, "one process is the last stage"
+    result = verify.compare(sequences, theirs, ours, tolerance=args.tolerance)
+    if args.report is not None:
+        verify.write_report(args.report, result, hf=str(args.hf), checkpoint=args.load and str(args.load), dtype="fp32")
+    print(verify.describe(result))
+    if not result.passed:
+        raise CheckpointError(
+            f"{args.load or 'the imported model'} and {args.hf} are not the same model: their log-probabilities differ "
+            f"by more than {args.tolerance:g}; convert again, or raise --tolerance if weights were rounded on the way"
+        )
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def main() -> None:
+    """Console entry."""
+    run_entry(lambda: run(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()
