@@ -64,7 +64,7 @@ def test_every_written_step_is_true_and_the_solution_ends_in_the_answer():
         for expression, result in re.findall(r"(\d+ [+-] \d+) = (\d+)", told):
             assert calculate(expression) == int(result), problem
             steps += 1
-    assert steps > NUM
+    assert steps > NUM // 2
 
 
 def test_values_stay_in_range():
@@ -169,6 +169,7 @@ def test_a_write_cut_short_leaves_the_old_file(tmp_path: Path):
         ("", "no problems"),
         ('{"question": "q", "answer": "#### 1"}\n{broken', r"p\.jsonl:2: not a JSON"),
         ('{"question": "q", "answer": "42"}', r"p\.jsonl:1: not a problem"),
+        ('{"question": "q", "answer": "item # 42"}', r"p\.jsonl:1: not a problem"),
         ('{"question": "q", "answer": 42}', r"p\.jsonl:1: not a problem"),
         ("[1]", r"p\.jsonl:1: not a problem"),
     ],
