@@ -201,12 +201,14 @@ def _unwrapped(chunk: Any) -> Any:
 
 def _sharded_state(chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
     # Tensor keys are global names; the outer key only tells the chunks of one rank apart.
+    # A copy each time: Megatron writes the data-parallel group of the day into what it is given.
+    metadata = dict(_METADATA)
     state: dict[str, Any] = {
-        f"model{index}": _unwrapped(chunk).sharded_state_dict(metadata=_METADATA) for index, chunk in enumerate(chunks)
+        f"model{index}": _unwrapped(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
     }
     if optimizer is not None:
         model_state = dict(state) if len(chunks) > 1 else {"model": state["model0"]}
-        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=_METADATA)
+        state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
     return state
 
 
