@@ -71,11 +71,17 @@ def test_held_out_curves_are_drawn_even_alone(tmp_path: Path):
     assert share_of(colours(tmp_path / "run.png"), BLUE) > 1e-4
 
 
-def test_one_iteration_and_a_drift_of_zero_are_drawn(tmp_path: Path):
-    log = tmp_path / "metrics.jsonl"
-    log.write_text(json.dumps({"iteration": 1, "loss": 2.0, "score_drift": 0.0}) + "\n")
-    assert len(plot_run(log, tmp_path / "run.png")) == 2
+def test_one_iteration_is_drawn(tmp_path: Path):
+    log = write_log(tmp_path / "metrics.jsonl", names=("loss",), iterations=1)
+    plot_run(log, tmp_path / "run.png")
     assert share_of(colours(tmp_path / "run.png"), BLUE) > 0
+
+
+def test_a_drift_of_zero_is_shown_though_its_axis_is_logarithmic(tmp_path: Path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps({"iteration": at, "score_drift": 0.0}) + "\n" for at in range(50)))
+    plot_run(log, tmp_path / "run.png")
+    assert share_of(colours(tmp_path / "run.png"), BLUE) > 1e-3
 
 
 def test_the_last_word_on_an_iteration_counts_and_nan_is_a_gap(tmp_path: Path):
