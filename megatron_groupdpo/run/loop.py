@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from pathlib import Path
@@ -64,6 +65,7 @@ def _iteration(run: Run, progress: Progress, logger: RunLogger | None) -> Progre
     _check_scores(run, planned, outcome, progress.iteration + 1)
     lr = run.updater.lr
     grad_norm = run.updater.step(size)
+    _check_gradient(grad_norm, progress.iteration + 1)
     progress = Progress(iteration=progress.iteration + 1, consumed_groups=progress.consumed_groups + size)
     if logger is not None:
         assert outcome is not None, "the logging rank is on the last stage"
@@ -108,23 +110,34 @@ def _check_scores(run: Run, planned: PlannedBatch, outcome: StepResult | None, i
         )
 
 
+def _check_gradient(grad_norm: float, iteration: int) -> None:
+    """Stop all ranks together before weights made by a broken gradient are saved."""
+    if not math.isfinite(grad_norm):
+        raise UserError(
+            f"iteration {iteration}: the gradient norm is {grad_norm}, though every score was finite; lower --lr or "
+            f"--beta and resume from the last checkpoint. The weights of iteration {iteration} were not saved."
+        )
+
+
 def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
     """Policy and reference have the same weights: every score must be 0 and the loss its closed form.
 
     Raises:
         UserError: they do not agree; both numbers are given.
     """
+    if not planned.batch.num_responses:
+        return
     ref_logps_R = _reference(run, planned)
     logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
     gap = torch.zeros(3, dtype=torch.float64, device=run.ranks.device)
     if logps_R is not None:
         ref_logps_R = ref_logps_R.to(logps_R.device)
-        gaps_R = (logps_R - ref_logps_R).abs() / planned.batch.num_tokens_R.to(logps_R.device)
+        gaps_R = (logps_R - ref_logps_R).abs() / planned.batch.num_tokens_R.to(logps_R.device).clamp_min(1)
         worst = int(gaps_R.argmax())
         gap[:] = torch.stack([gaps_R[worst], logps_R[worst], ref_logps_R[worst]])
     per_token, ours, theirs = run.ranks.broadcast_from_last_stage(gap).tolist()
     tolerance = 2e-2 if run.config.precision.bf16 else 1e-4
-    if per_token > tolerance:
+    if not per_token <= tolerance:  # NaN is no agreement
         raise UserError(
             f"the policy starts with the reference's weights, but a response has log-probability {ours:.6f} here and "
             f"{theirs:.6f} in the reference ({per_token:.2e} per token, tolerance {tolerance:.0e}); score the "
