@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny_run
 from rank_pool import RankPool
 
 
@@ -22,3 +25,35 @@ def pool() -> Iterator[RankPool]:
     ranks = RankPool(4)
     yield ranks
     ranks.close()
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """A token store and made-up reference log-probabilities of it."""
+
+    folder: Path
+    store: Path
+    reference: Path
+    tokenizer: Path
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+    folder = tmp_path_factory.mktemp("tiny")
+    data = TinyData(folder, folder / "store", folder / "reference", folder / "tokenizer.model")
+    tiny_run.write_groups(folder / "groups.jsonl")
+    tiny_run.train_tokenizer(data.tokenizer)
+    tiny_run.preprocess(folder / "groups.jsonl", data.tokenizer, data.store)
+    tiny_run.write_reference(data.store, data.reference)
+    return data
+
+
+@pytest.fixture
+def config_file(tiny_data: TinyData, tmp_path: Path) -> Callable[..., Path]:
+    """``config_file(section={field: value}, ...)``: the tiny run's YAML, with changes."""
+
+    def write(**sections: Mapping[str, Any]) -> Path:
+        path = tmp_path / "run.yaml"
+        return tiny_run.write_config(path, tiny_data.store, tiny_data.reference, **sections)
+
+    return write
