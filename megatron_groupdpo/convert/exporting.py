@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -212,12 +213,19 @@ def _write_weights(
         # clone: a view of the model's weight would be written with all of its storage
         held[name] = tensor.to(device="cpu", dtype=dtype).clone(memory_format=torch.contiguous_format)
         if len(held) == counts[file]:
-            save_file(waiting.pop(file), folder / file, metadata={"format": "pt"})
+            _save(waiting.pop(file), folder / file)
     assert not waiting
     total = sum(sizes.values())
     if len(counts) > 1:
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))})
     return len(counts), total
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(str(error)) from error
 
 
 def _hf_tensors(policy: Policy, family: Family) -> Iterator[tuple[str, Tensor]]:

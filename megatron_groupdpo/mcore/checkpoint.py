@@ -97,7 +97,8 @@ def read_common(folder: Path) -> dict[str, Any]:
 
 def weights_dtype(folder: Path) -> torch.dtype:
     """The dtype of a checkpoint's weights: that of its word embedding."""
-    return dist_checkpointing.load_tensors_metadata(str(folder))["embedding.word_embeddings.weight"].dtype
+    tensors: Any = dist_checkpointing.load_tensors_metadata(str(folder))
+    return tensors["embedding.word_embeddings.weight"].dtype
 
 
 def save_checkpoint(

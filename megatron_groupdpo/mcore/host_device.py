@@ -13,6 +13,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 _FACTORIES = [
@@ -94,6 +95,9 @@ def activate() -> None:
     cuda.current_stream = lambda *_args, **_kwargs: _HostStream()
     cuda.default_stream = lambda *_args, **_kwargs: _HostStream()
     cuda.stream = lambda _stream: contextlib.nullcontext()
+    # ``with torch.device(...)`` collects the factories it answers for at its first use, and must see the plain ones:
+    # otherwise it does nothing from here on, and transformers, which loads models under it, computes other positions.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_host(getattr(torch, name)))
     _patch_tensor_methods()

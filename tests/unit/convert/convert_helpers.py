@@ -1,0 +1,19 @@
+"""What the tests of this folder read files with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+CONFIG_NAMES = ("llama-untied", "llama-tied", "llama-biases", "gpt2", "gpt2-untied-relu")
+
+
+def files_of(file: Path) -> dict[str, Tensor]:
+    return load_file(file)
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder, whatever its files."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in files_of(file).items()}

@@ -1,0 +1,192 @@
+"""Both sides compute one function, and what goes in comes out bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from convert_helpers import CONFIG_NAMES, files_of, tensors_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+from megatron_groupdpo.convert import verify
+from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, export_hf
+from megatron_groupdpo.convert.hf_files import INDEX, HfWeights
+from megatron_groupdpo.convert.hf_model import open_hf_model
+from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf
+from megatron_groupdpo.convert.megatron_names import canonical_name, megatron_tensors
+from megatron_groupdpo.convert.weights import load_hf_weights, policy_shards
+from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
+from megatron_groupdpo.mcore.setup import Ranks
+
+HfModels = Callable[..., Path]
+CLOSE = 1e-5
+
+
+def loaded(folder: Path, ranks: Ranks) -> Policy:
+    model = open_hf_model(folder).model
+    policy = build_policy(model, ParallelConfig(), PrecisionConfig(), ranks, seed=0, training=False)
+    load_hf_weights(folder, policy)
+    return policy
+
+
+@pytest.mark.parametrize("name", CONFIG_NAMES)
+def test_log_probs_of_every_token_equal_those_of_transformers(name: str, hf_models: HfModels, ranks: Ranks):
+    folder = hf_models(name)
+    sequences = [
+        *verify.random_sequences(101, count=3, length=64, seed=0),
+        *verify.random_sequences(101, count=1, length=9, seed=1),
+    ]
+    theirs = verify.transformers_logprobs(folder, sequences)
+    ours = verify.megatron_logprobs(loaded(folder, ranks), sequences)
+    assert ours is not None
+    assert max(float(t.max() - t.min()) for t in theirs) > 1, "a model that says nothing would agree with anything"
+    result = verify.compare(sequences, theirs, ours, tolerance=CLOSE)
+    assert result.passed, verify.describe(result)
+    assert result.num_tokens == 3 * 63 + 8
+
+
+@pytest.mark.parametrize("name", CONFIG_NAMES)
+def test_the_shared_table_of_tensors_is_what_the_model_has(name: str, hf_models: HfModels, ranks: Ranks):
+    policy = loaded(hf_models(name), ranks)
+    built = {}
+    for shard in policy_shards(policy):
+        shape = list(shard.global_shape[shard.prepend_axis_num :])
+        if shard.allow_shape_mismatch:
+            assert shape[0] == 128
+            shape[0] = 101
+        built[canonical_name(shard.key)] = tuple(shape)
+    assert built == megatron_tensors(policy.model)
+
+
+def test_names_of_fused_layers_are_those_of_plain_ones():
+    fused = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
+    assert canonical_name(fused) == "decoder.layers.input_layernorm.weight"
+    assert canonical_name("decoder.layers.mlp.linear_fc1.layer_norm_bias") == "decoder.layers.pre_mlp_layernorm.bias"
+    assert canonical_name("decoder.layers.mlp.linear_fc1.weight") == "decoder.layers.mlp.linear_fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in CONFIG_NAMES), ("llama-tied", torch.bfloat16), ("gpt2", torch.float16)],
+)
+def test_import_then_export_gives_the_same_bytes(
+    name: str, dtype: torch.dtype, hf_models: HfModels, ranks: Ranks, tmp_path: Path
+):
+    folder, back = hf_models(name, dtype), tmp_path / "back"
+    import_hf(folder, tmp_path / "checkpoint", ImportOptions(), ranks)
+    export_checkpoint(tmp_path / "checkpoint", back, ExportOptions(max_shard_size=30_000), ranks)
+    before, after = tensors_of(folder), tensors_of(back)
+    assert before.keys() == after.keys()
+    for tensor_name, tensor in before.items():
+        assert after[tensor_name].dtype == dtype
+        assert after[tensor_name].shape == tensor.shape
+        assert torch.equal(after[tensor_name], tensor), tensor_name
+    assert json.loads((back / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert json.loads((back / "generation_config.json").read_text()) == json.loads(
+        (folder / "generation_config.json").read_text()
+    )
+
+
+def test_a_checkpoint_imported_in_bf16_loads_in_fp32_and_bf16(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
+    folder = hf_models("llama-tied", torch.bfloat16)
+    report = import_hf(folder, tmp_path / "checkpoint", ImportOptions(), ranks)
+    assert report.dtype == torch.bfloat16
+    for bf16 in (False, True):
+        policy = load_policy(tmp_path / "checkpoint", ParallelConfig(), PrecisionConfig(bf16=bf16), ranks)
+        shards = {canonical_name(shard.key): shard.data for shard in policy_shards(policy)}
+        norm = tensors_of(folder)["model.norm.weight"]
+        assert shards["decoder.final_layernorm.weight"].dtype == (torch.bfloat16 if bf16 else torch.float32)
+        assert torch.equal(shards["decoder.final_layernorm.weight"].to(torch.bfloat16), norm)
+
+
+def test_the_chosen_dtype_is_written(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
+    policy = loaded(hf_models("llama-untied"), ranks)
+    export_hf(policy, tmp_path / "bf16", ExportOptions(dtype="bf16"), tokenizer=None)
+    written = tensors_of(tmp_path / "bf16")
+    expected = tensors_of(hf_models("llama-untied"))
+    assert all(torch.equal(written[name], tensor.to(torch.bfloat16)) for name, tensor in expected.items())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "bf16")
+    assert model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", CONFIG_NAMES)
+def test_an_export_without_a_kept_configuration_is_the_same_model_to_transformers(
+    name: str, hf_models: HfModels, ranks: Ranks, tmp_path: Path
+):
+    folder = hf_models(name)
+    export_hf(loaded(folder, ranks), tmp_path / "out", ExportOptions(), tokenizer=None)
+    sequences = verify.random_sequences(101, count=1, length=32, seed=3)
+    (before,) = verify.transformers_logprobs(folder, sequences)
+    (after,) = verify.transformers_logprobs(tmp_path / "out", sequences)
+    assert torch.equal(before, after)
+
+
+def test_files_keep_the_size_limit_and_the_index_names_each_tensor(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
+    out = tmp_path / "out"
+    limit = 101 * 48 * 4  # the embedding alone
+    report = export_hf(
+        loaded(hf_models("llama-untied"), ranks), out, ExportOptions(max_shard_size=limit), tokenizer=None
+    )
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) == report.num_files > 2
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    sizes = [sum(t.numel() * t.element_size() for t in tensors.values()) for tensors in map(files_of, files)]
+    assert max(sizes) <= limit
+    index = json.loads((out / INDEX).read_text())
+    assert index["metadata"]["total_size"] == sum(sizes) == report.num_bytes
+    assert set(index["weight_map"]) == set(HfWeights(out).shapes) == set(tensors_of(hf_models("llama-untied")))
+    assert AutoModelForCausalLM.from_pretrained(out).lm_head.weight.shape == (101, 48)
+
+
+def test_the_tokenizer_travels_with_the_model(
+    hf_models: HfModels, ranks: Ranks, tmp_path: Path, sentencepiece_model: Path
+):
+    tokenizer = load_tokenizer(TokenizerOptions(kind="SentencePieceTokenizer", model=str(sentencepiece_model)))
+    first, second = tmp_path / "first", tmp_path / "second"
+    export_hf(loaded(hf_models("llama-tied"), ranks), first, ExportOptions(), tokenizer=tokenizer)
+    report = import_hf(first, tmp_path / "checkpoint", ImportOptions(), ranks)
+    assert report.has_tokenizer
+    # the folder of the import may go, and the checkpoint may move
+    first.rename(tmp_path / "gone")
+    (tmp_path / "checkpoint").rename(tmp_path / "moved")
+    assert export_checkpoint(tmp_path / "moved", second, ExportOptions(), ranks).has_tokenizer
+    text = "Q: 12 + 30 = ?"
+    read = AutoTokenizer.from_pretrained(second)
+    assert read(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)]
+    config = json.loads((second / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 3)
+    model = AutoModelForCausalLM.from_pretrained(second)
+    assert model.generation_config.eos_token_id == 2
+    assert model.generate(**read(text, return_tensors="pt"), max_new_tokens=3, do_sample=False).shape[0] == 1
+
+
+def test_weights_saved_without_the_head_are_found_and_buffers_passed_over(own_copy: Callable[[str], Path]):
+    from safetensors.torch import save_file
+
+    folder = own_copy("gpt2")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(folder).items()}
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64, device="cpu")
+    tensors["lm_head.weight"] = tensors["wte.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = open_hf_model(folder)
+    assert source.ignored == ("h.0.attn.bias", "lm_head.weight")
+    assert torch.equal(source.read(("embedding.word_embeddings.weight", None)), tensors["wte.weight"])
+
+
+def test_the_model_section_beside_an_import_is_the_checkpoints_model(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
+    import yaml
+
+    from megatron_groupdpo.config import ModelConfig
+
+    options = ImportOptions(make_vocab_size_divisible_by=8)
+    report = import_hf(hf_models("gpt2"), tmp_path / "checkpoint", options, ranks)
+    section = yaml.safe_load((tmp_path / "checkpoint" / MODEL_YAML).read_text())["model"]
+    policy = load_policy(tmp_path / "checkpoint", ParallelConfig(), PrecisionConfig(), ranks)
+    assert ModelConfig(**section) == report.model
+    assert policy.model.make_vocab_size_divisible_by == 8
+    assert {s.global_shape[0] for s in policy_shards(policy) if s.allow_shape_mismatch} == {104}
