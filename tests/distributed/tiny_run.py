@@ -91,8 +91,11 @@ def write_config(path: Path, store: Path, reference: Path, **sections: Mapping[s
     return path
 
 
-def train_on_rank(argv: Sequence[str]) -> str:
-    """Everything that ``megatron_groupdpo.train`` does on one rank; the digest of the final weights."""
+def train_on_rank(argv: Sequence[str], *, poisoned: bool = False) -> str:
+    """Everything that ``megatron_groupdpo.train`` does on one rank; the digest of the final weights.
+
+    ``poisoned`` makes one number of the first stage's embedding NaN before the first step.
+    """
     from megatron_groupdpo.config import load_config, validate
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.run.build import build_run
@@ -103,18 +106,25 @@ def train_on_rank(argv: Sequence[str]) -> str:
     try:
         validate(config, ranks.tp_group.size() * ranks.pp_group.size() * ranks.dp_group.size())
         run = build_run(config, ranks)
+        if poisoned and ranks.is_first_stage:
+            next(run.policy.chunks[0].parameters()).data.view(-1)[0] = float("nan")
         train(run)
         return run.policy.weights_digest()
     finally:
         shut_down()
 
 
-def refusal_on_rank(argv: Sequence[str]) -> tuple[str, str]:
+def refusal_with_a_poisoned_weight_on_rank(argv: Sequence[str]) -> tuple[str, str]:
+    """As :func:`refusal_on_rank`, from weights of which one is NaN."""
+    return refusal_on_rank(argv, poisoned=True)
+
+
+def refusal_on_rank(argv: Sequence[str], *, poisoned: bool = False) -> tuple[str, str]:
     """The kind and the message of the user error that :func:`train_on_rank` must raise."""
     from megatron_groupdpo.errors import UserError
 
     try:
-        train_on_rank(argv)
+        train_on_rank(argv, poisoned=poisoned)
     except UserError as error:
         return type(error).__name__, str(error)
     raise AssertionError("the run went through")
