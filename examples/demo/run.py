@@ -79,12 +79,11 @@ def main() -> None:
         demo, "groupdpo.yaml", "--data-path", stores[0], "--valid-data-path", stores[1], "--reference-logprobs", reference,
         "--pretrained-checkpoint", warm, "--save", final, "--tensorboard-dir", final / "tensorboard",
     )  # fmt: skip
-    return
     demo.say(8, "distributed checkpoints to Hugging Face folders")
     for name in ("warm", "groupdpo"):
         demo.call(
-            TOOLS / "convert_checkpoint.py", "export", "--megatron-path", demo.folder / name,
-            "--hf-path", demo.folder / f"{name}_hf",
+            TOOLS / "convert_checkpoint.py", "export", "--load", demo.folder / name,
+            "--hf", demo.folder / f"{name}_hf",
         )  # fmt: skip
     demo.say(9, "answer held-out prompts with transformers")
     problems = json_lines(demo.folder / "held_out.jsonl")

@@ -33,7 +33,8 @@ NOT_YET = (
     NotYet(
         field="precision.fp8_format",
         refused=lambda fp8_format: fp8_format is not None,
-        reason="FP8 is not supported yet; leave it out and use bf16",
+        reason="FP8 is not supported yet (and without Transformer Engine Megatron would ignore it in silence); "
+        "leave it out and use bf16",
     ),
     NotYet(
         field="training.max_tokens_per_microbatch",

@@ -148,7 +148,7 @@ class CheckpointConfig:
     save: str | None = None
     """Folder to write checkpoints to; one is always written at the end."""
     load: str | None = None
-    """Folder to resume from: weights, optimizer, random state, place in the data."""
+    """Folder to resume from: weights, optimizer, schedule, place in the data (the order follows from the seed)."""
     save_interval: PositiveInt | None = None
     """Write a checkpoint every so many iterations."""
     pretrained_checkpoint: str | None = None
@@ -157,8 +157,6 @@ class CheckpointConfig:
     """Take only the weights from load and start at iteration 0."""
     no_load_optim: bool = False
     """Do not load the optimizer's state."""
-    no_load_rng: bool = False
-    """Do not load the random state."""
     exit_on_missing_checkpoint: bool = False
     """Refuse to start when load holds no checkpoint, instead of starting anew."""
     ckpt_format: Literal["torch_dist"] = "torch_dist"

@@ -234,7 +234,7 @@ def _checkpoint_problems(config: TrainConfig) -> Iterator[str]:
     if checkpoint.save_interval is not None and checkpoint.save is None:
         yield f"save_interval ({checkpoint.save_interval}) needs save, the folder to write to; give it."
     if checkpoint.load is None:
-        for name in ("finetune", "no_load_optim", "no_load_rng", "exit_on_missing_checkpoint"):
+        for name in ("finetune", "no_load_optim", "exit_on_missing_checkpoint"):
             if getattr(checkpoint, name):
                 yield f"{name} acts on load, which is not given; give load, or remove {name}."
 

@@ -169,6 +169,16 @@ def load_training(
             "from the weights alone with --finetune"
         )
     _load_into(folder, chunks, optimizer)
+    return load_progress(folder, schedule)
+
+
+def load_progress(folder: Path, schedule: OptimizerParamScheduler) -> Progress:
+    """Where the run stood, its schedule included."""
+    common = read_common(folder)
+    if common["schedule"] is None:
+        raise CheckpointError(
+            f"{folder} was saved without a schedule (converted weights); start from it with --finetune"
+        )
     schedule.load_state_dict(common["schedule"])
     return Progress(iteration=common["iteration"], consumed_groups=common["consumed_groups"])
 
@@ -214,8 +224,10 @@ def _sharded_state(chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *
 
 
 def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer | None) -> None:
+    options: list[dict[str, Any]] = []
     if optimizer is not None:
         _prepare_torch_adam(optimizer)
+        options = _group_options(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=True)
     _check_shapes(folder, state)
     loaded: Any = dist_checkpointing.load(state, str(folder))
@@ -224,7 +236,24 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _unshare_torch_adam_step(optimizer)
+        for group, own in zip(_param_groups(optimizer), options):
+            group.update(own)
     dist.barrier()
+
+
+def _param_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    groups: Any = optimizer.param_groups
+    return groups
+
+
+def _group_options(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """What the run's own flags put into the optimizer's groups.
+
+    A checkpoint brings its own values along; kept, they would make ``--lr`` or ``--adam-beta2`` of a resumed run do
+    nothing without a word.
+    """
+    names = ("max_lr", "min_lr", "betas", "eps", "momentum")
+    return [{name: group[name] for name in names if name in group} for group in _param_groups(optimizer)]
 
 
 def _prepare_torch_adam(optimizer: MegatronOptimizer) -> None:

@@ -38,31 +38,24 @@ def build_optimizer(
 
 
 def build_lr_schedule(
-    optimizer: MegatronOptimizer, options: OptimizerOptions, *, total_groups: int, groups_per_step: int
+    optimizer: MegatronOptimizer, options: OptimizerOptions, *, warmup_groups: int, decay_groups: int
 ) -> OptimizerParamScheduler:
-    """Warm-up then decay, counted in groups.
-
-    Args:
-        total_groups: groups the run will consume.
-        groups_per_step: the global batch size.
-    """
-    decay_steps = total_groups if options.lr_decay_iters is None else options.lr_decay_iters * groups_per_step
-    if options.lr_warmup_fraction is not None:
-        warmup_steps = int(options.lr_warmup_fraction * decay_steps)
-    else:
-        warmup_steps = options.lr_warmup_iters * groups_per_step
+    """Linear warm-up, then decay until ``decay_groups`` groups are consumed."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=options.lr,
         min_lr=options.min_lr,
-        lr_warmup_steps=warmup_steps,
-        lr_decay_steps=decay_steps,
+        lr_warmup_steps=warmup_groups,
+        lr_decay_steps=decay_groups,
         lr_decay_style=options.lr_decay_style,
         start_wd=options.weight_decay,
         end_wd=options.weight_decay,
-        wd_incr_steps=decay_steps,
+        wd_incr_steps=decay_groups,
         wd_incr_style="constant",
+        # On a resume the flags of the run hold, not what the checkpoint remembers of the old ones.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )
 
 

@@ -5,9 +5,17 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_groupdpo import objectives
-from megatron_groupdpo.config import ModelConfig, TrainConfig, objective_hyperparameters, train_iters
+from megatron_groupdpo.config import (
+    ModelConfig,
+    TrainConfig,
+    lr_decay_iters,
+    lr_warmup_iters,
+    objective_hyperparameters,
+    train_iters,
+)
 from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
 from megatron_groupdpo.data.planner import PlanOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
@@ -15,8 +23,10 @@ from megatron_groupdpo.mcore.checkpoint import (
     Progress,
     find_checkpoint,
     latest_iteration,
+    load_progress,
     load_training,
     load_weights,
+    read_common,
 )
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
@@ -43,6 +53,8 @@ class Run:
     train_iters: int
     starts_from_reference: bool
     """At iteration 0 the policy has the reference's weights, so every score must be 0."""
+    origin: dict[str, Any] | None
+    """What the import recorded of the Hugging Face model the weights come from; checkpoints pass it on to an export."""
 
 
 def build_run(config: TrainConfig, ranks: Ranks) -> Run:
@@ -61,11 +73,12 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
     schedule = build_lr_schedule(
         optimizer,
         config.optimizer,
-        total_groups=train_iters(config) * config.training.global_batch_size,
-        groups_per_step=config.training.global_batch_size,
+        warmup_groups=lr_warmup_iters(config) * config.training.global_batch_size,
+        decay_groups=lr_decay_iters(config) * config.training.global_batch_size,
     )
     updater = Updater(optimizer, schedule)
-    progress = _load(config, policy, updater)
+    source, resumes = _checkpoint_to_load(config)
+    progress = _load(config, source, policy, updater, resumes=resumes)
     reference_policy = _resident_reference(config, ranks)
     train, valid = _sources(config, loss, ranks, policy, train_data, valid_data)
     return Run(
@@ -79,6 +92,7 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         valid=valid,
         loss=loss,
         train_iters=train_iters(config),
+        origin=None if source is None else read_common(source)["config"].get("hugging_face"),
         starts_from_reference=progress.iteration == 0 and _same_weights(policy, reference_policy, train.reference),
     )
 
@@ -143,23 +157,27 @@ def _open_data(config: TrainConfig) -> tuple[GroupDataset, GroupDataset | None]:
     return train_data, valid_data
 
 
-def _load(config: TrainConfig, policy: Policy, updater: Updater) -> Progress:
-    """Resume from ``load`` if a checkpoint is there, else take weights from ``pretrained_checkpoint``, else stay."""
+def _checkpoint_to_load(config: TrainConfig) -> tuple[Path | None, bool]:
+    """The latest of ``load`` if there is one, else ``pretrained_checkpoint``, else none; and whether it resumes."""
     checkpoint = config.checkpoint
     if checkpoint.load is not None:
         root = Path(checkpoint.load)
         if (root / "metadata.json").exists() or latest_iteration(root) is not None:
-            folder = find_checkpoint(root)
-            if checkpoint.finetune:
-                _load_weights(folder, policy, updater)
-                return Progress()
-            return load_training(folder, policy.chunks, updater.optimizer, updater.schedule, model=policy.identity)
+            return find_checkpoint(root), not checkpoint.finetune
         if checkpoint.exit_on_missing_checkpoint:
             raise CheckpointError(f"no checkpoint at {root}, and exit_on_missing_checkpoint is set")
     if checkpoint.pretrained_checkpoint is not None:
-        folder = find_checkpoint(Path(checkpoint.pretrained_checkpoint))
-        _load_weights(folder, policy, updater)
-    return Progress()
+        return find_checkpoint(Path(checkpoint.pretrained_checkpoint)), False
+    return None, False
+
+
+def _load(config: TrainConfig, source: Path | None, policy: Policy, updater: Updater, *, resumes: bool) -> Progress:
+    if source is None:
+        return Progress()
+    if resumes and not config.checkpoint.no_load_optim:
+        return load_training(source, policy.chunks, updater.optimizer, updater.schedule, model=policy.identity)
+    _load_weights(source, policy, updater)
+    return load_progress(source, updater.schedule) if resumes else Progress()
 
 
 def _load_weights(folder: Path, policy: Policy, updater: Updater) -> None:

@@ -192,7 +192,11 @@ def _save(run: Run, progress: Progress) -> None:
         run.policy.chunks,
         progress=progress,
         model=run.policy.identity,
-        config={"yaml": to_yaml(run.config), "tokenizer": dict(run.train.dataset.stores[0].meta["tokenizer"])},
+        config={
+            "yaml": to_yaml(run.config),
+            "tokenizer": dict(run.train.dataset.stores[0].meta["tokenizer"]),
+            **({} if run.origin is None else {"hugging_face": run.origin}),
+        },
         optimizer=run.updater.optimizer,
         schedule=run.updater.schedule,
     )
