@@ -67,7 +67,7 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
     set_weights(policy)
     options = OptimizerConfig(**{"lr": 1e-3, "lr_decay_style": "constant", **case.optimizer})
     optimizer = build_optimizer(policy.chunks, options, parallel, precision)
-    schedule = build_lr_schedule(optimizer, options, total_groups=1000, groups_per_step=case.num_groups)
+    schedule = build_lr_schedule(optimizer, options, warmup_groups=0, decay_groups=1000)
     updater = Updater(optimizer, schedule)
     source = batch_source(case, parallel, ranks)
     weights_before, digest_before, gradient = collect(policy), policy.weights_digest(), []
