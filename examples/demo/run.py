@@ -76,8 +76,9 @@ def main() -> None:
     demo.say(7, "GroupDPO (objective all_pairs, 2 ranks, pipeline-parallel)")
     final = demo.folder / "groupdpo"
     train(
-        demo, "groupdpo.yaml", "--data-path", stores[0], "--valid-data-path", stores[1], "--reference-logprobs", reference,
-        "--pretrained-checkpoint", warm, "--save", final, "--tensorboard-dir", final / "tensorboard",
+        demo, "groupdpo.yaml", "--data-path", stores[0], "--valid-data-path", stores[1],
+        "--reference-logprobs", reference, "--pretrained-checkpoint", warm,
+        "--save", final, "--tensorboard-dir", final / "tensorboard",
     )  # fmt: skip
     demo.say(8, "distributed checkpoints to Hugging Face folders")
     for name in ("warm", "groupdpo"):
