@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parent.parent / "tools"
 MARKER = "made-by-examples-demo"
-NUM_WARM, NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 20000, 1200, 300, 8
-MAX_NEW_TOKENS = 64
+NUM_WARM, NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 24000, 1200, 300, 8
+MAX_NEW_TOKENS, SAMPLED_ANSWERS = 64, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +89,10 @@ def main() -> None:
         )  # fmt: skip
     demo.say(9, "answer held-out prompts with transformers")
     problems = json_lines(demo.folder / "held_out.jsonl")
-    accuracy = {name: answer_with_transformers(demo.folder / f"{name}_hf", problems) for name in ("warm", "groupdpo")}
+    answers = {name: answer_with_transformers(demo, f"{name}_hf", problems) for name in ("warm", "groupdpo")}
     demo.say(10, "before and after")
     demo.call(TOOLS / "plot_run.py", final, "--output", final / "training.png")
-    report(demo, accuracy)
+    report(demo, answers)
 
 
 def fresh_folder(folder: Path) -> Path:
@@ -109,9 +110,11 @@ def make_problems(demo: Demo) -> None:
     """Worked solutions for the warm start, and prompts to sample on and to hold out, apart by construction."""
     from megatron_groupdpo.online.problems import generate, write_problems
 
-    worked = generate(NUM_WARM, seed=demo.seed, split="train")
-    sampled = generate(NUM_TRAIN, seed=demo.seed + 1000, split="train", distinct=True)
-    held_out = generate(NUM_HELD_OUT, seed=demo.seed + 2000, split="held_out", distinct=True)
+    # Four terms: a small model is mostly right when it writes the steps down, mostly wrong when it does not.
+    four_terms = partial(generate, kinds=("plain",), num_terms=(4,))
+    worked = four_terms(NUM_WARM, seed=demo.seed, split="train")
+    sampled = four_terms(NUM_TRAIN, seed=demo.seed + 1000, split="train", distinct=True)
+    held_out = four_terms(NUM_HELD_OUT, seed=demo.seed + 2000, split="held_out", distinct=True)
     with (demo.folder / "warm.jsonl").open("w", encoding="utf-8") as file:
         for problem in worked:
             file.write(json.dumps({"prompt": problem.prompt, "response": problem.worked_solution}) + "\n")
@@ -168,44 +171,50 @@ def sample_groups(demo: Demo, checkpoint: Path, name: str) -> None:
     )  # fmt: skip
 
 
-def answer_with_transformers(hf_folder: Path, problems: list[dict]) -> float:
-    """Share of problems answered right, taking the likeliest token each time."""
+def answer_with_transformers(demo: Demo, model_folder: str, problems: list[dict]) -> dict[str, float]:
+    """Share of right answers: sampled at temperature 1 (SAMPLED_ANSWERS a prompt), and with the likeliest tokens."""
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_groupdpo.online.verifiers import get_verifier
 
-    tokenizer = AutoTokenizer.from_pretrained(hf_folder)
-    model = AutoModelForCausalLM.from_pretrained(hf_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(demo.folder / model_folder)
+    model = AutoModelForCausalLM.from_pretrained(demo.folder / model_folder).eval()
     verify = get_verifier("exact_answer")
-    prompts = [tokenizer(problem["prompt"])["input_ids"] for problem in problems]
-    by_length: dict[int, list[int]] = {}
-    for index, ids in enumerate(prompts):
-        by_length.setdefault(len(ids), []).append(index)
-    right = 0.0
-    bar = tqdm(total=len(problems), desc=f"answer with {hf_folder.name}", unit=" prompts")
-    for length, indices in sorted(by_length.items()):
-        ids = torch.tensor([prompts[index] for index in indices])
-        with torch.no_grad():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
-            )
-        for index, tokens in zip(indices, out):
-            text = tokenizer.decode(tokens[length:], skip_special_tokens=True)
-            right += verify(text, problems[index]["answer"]).score
-        bar.update(len(indices))
-    bar.close()
-    return right / len(problems)
+    by_length: dict[int, list[tuple[list[int], str]]] = {}  # prompts of one length need no padding
+    for problem in problems:
+        ids = tokenizer(problem["prompt"])["input_ids"]
+        by_length.setdefault(len(ids), []).append((ids, problem["answer"]))
+    torch.manual_seed(demo.seed)
+    ways = {
+        "sampled": {"do_sample": True, "temperature": 1.0, "top_k": 0, "num_return_sequences": SAMPLED_ANSWERS},
+        "greedy": {"do_sample": False, "num_return_sequences": 1},
+    }
+    accuracy = {}
+    for way, options in ways.items():
+        right, count = 0.0, int(options["num_return_sequences"])
+        bar = tqdm(total=len(problems), desc=f"{model_folder}, {way}", unit=" prompts")
+        for length, rows in sorted(by_length.items()):
+            ids = torch.tensor([row[0] for row in rows])
+            with torch.no_grad():
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_NEW_TOKENS, **options)
+            texts = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
+            right += sum(verify(text, rows[index // count][1]).score for index, text in enumerate(texts))
+            bar.update(len(rows))
+        bar.close()
+        accuracy[way] = right / (count * len(problems))
+    return accuracy
 
 
-def report(demo: Demo, accuracy: dict[str, float]) -> None:
+def report(demo: Demo, answers: dict[str, dict[str, float]]) -> None:
     """The table, also kept as JSON, and where to look next."""
     final = demo.folder / "groupdpo"
     evals = [line for line in json_lines(final / "metrics.jsonl") if "eval/rewards/margins" in line]
     first, last = evals[0], evals[-1]
     rows = {
-        "verifier accuracy (transformers, greedy)": (accuracy["warm"], accuracy["groupdpo"]),
+        "verifier accuracy, sampled answers": (answers["warm"]["sampled"], answers["groupdpo"]["sampled"]),
+        "verifier accuracy, likeliest answer": (answers["warm"]["greedy"], answers["groupdpo"]["greedy"]),
         "group pairwise accuracy": (first["eval/rewards/accuracies"], last["eval/rewards/accuracies"]),
         "reward margin": (first["eval/rewards/margins"], last["eval/rewards/margins"]),
     }
