@@ -36,6 +36,7 @@ class Engine(Protocol):
     ) -> Tensor | None:
         """Accumulate the gradient of ``sum_r weight_r * logp_r`` over every rank; log-probabilities as above.
 
-        ``weights`` is given where :meth:`score` returns a tensor. Gradients are summed, never averaged.
+        ``weights`` is needed where :meth:`score` returns a tensor, and not looked at elsewhere. Gradients are summed,
+        never averaged.
         """
         ...

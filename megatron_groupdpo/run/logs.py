@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from datetime import datetime, timedelta
@@ -48,7 +49,7 @@ class RunLogger:
         if "iteration_ms" in metrics:
             self._interval_ms.append(metrics["iteration_ms"])
         if self._file is not None:
-            self._file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+            self._file.write(json.dumps({"iteration": iteration, **_finite(metrics)}, allow_nan=False) + "\n")
             self._file.flush()
         if self._writer is not None:
             for name, value in metrics.items():
@@ -81,6 +82,11 @@ class RunLogger:
             self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _finite(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN: such numbers become null."""
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in metrics.items()}
 
 
 def _keep_until(path: Path, iteration: int) -> None:

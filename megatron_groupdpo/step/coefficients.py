@@ -74,7 +74,8 @@ def group_loss(logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options:
         options: the loss.
     """
     device = logps_R.device
-    counts_R = batch.num_tokens_R.to(device, torch.float64)
+    # A response whose tokens are all masked counts none of them: its log-probability and score are 0, not 0/0.
+    counts_R = batch.num_tokens_R.to(device, torch.float64).clamp_min(1)
     scale_R = options.beta / counts_R if options.score_average else torch.full_like(counts_R, options.beta)
     scores_R = scale_R * (logps_R - ref_logps_R)
 
@@ -116,7 +117,7 @@ def _nll_weights(batch: GroupBatch, options: LossOptions, active_G: Tensor, give
     if not options.one_sided_nll:
         carries_GK = carries_GK & active_G[:, None]
     carries_GK = carries_GK.double()
-    counts_R = batch.num_tokens_R.to(carries_GK.device, torch.float64)
+    counts_R = batch.num_tokens_R.to(carries_GK.device, torch.float64).clamp_min(1)
     if options.nll_average == "batch-tokens":
         carries_R = batch.to_flat(carries_GK)
         return carries_R / (carries_R * counts_R).sum().clamp_min(1)

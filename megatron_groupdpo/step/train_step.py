@@ -89,5 +89,5 @@ def _drift(logps_R: Tensor, again_R: Tensor, batch: GroupBatch, options: LossOpt
         return 0.0
     change_R = options.beta * (again_R - logps_R).abs()
     if options.score_average:
-        change_R = change_R / batch.num_tokens_R.to(change_R.device)
+        change_R = change_R / batch.num_tokens_R.to(change_R.device).clamp_min(1)
     return float(torch.nan_to_num(change_R, nan=float("inf")).max())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +26,10 @@ def pool() -> Iterator[RankPool]:
     ranks.close()
 
 
-@dataclass(frozen=True)
-class TinyData:
-    """A token store and made-up reference log-probabilities of it."""
-
-    folder: Path
-    store: Path
-    reference: Path
-    tokenizer: Path
-
-
 @pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> tiny_run.TinyData:
     folder = tmp_path_factory.mktemp("tiny")
-    data = TinyData(folder, folder / "store", folder / "reference", folder / "tokenizer.model")
+    data = tiny_run.TinyData(folder, folder / "store", folder / "reference", folder / "tokenizer.model")
     tiny_run.write_groups(folder / "groups.jsonl")
     tiny_run.train_tokenizer(data.tokenizer)
     tiny_run.preprocess(folder / "groups.jsonl", data.tokenizer, data.store)
@@ -49,7 +38,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 
 
 @pytest.fixture
-def config_file(tiny_data: TinyData, tmp_path: Path) -> Callable[..., Path]:
+def config_file(tiny_data: tiny_run.TinyData, tmp_path: Path) -> Callable[..., Path]:
     """``config_file(section={field: value}, ...)``: the tiny run's YAML, with changes."""
 
     def write(**sections: Mapping[str, Any]) -> Path:

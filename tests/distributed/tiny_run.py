@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,16 @@ MODEL: dict[str, Any] = {
     "make_vocab_size_divisible_by": 8,
     "init_method_std": 0.1,
 }
+
+
+@dataclass(frozen=True)
+class TinyData:
+    """A token store and made-up reference log-probabilities of it."""
+
+    folder: Path
+    store: Path
+    reference: Path
+    tokenizer: Path
 
 
 def write_groups(path: Path) -> None:
