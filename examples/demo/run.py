@@ -2,7 +2,7 @@
 
 Every step is a command of this repository, printed before it runs; any of them can be repeated by hand.
 
-    python examples/demo/run.py [--dir runs/demo] [--seed 1]
+    python examples/demo/run.py [--dir runs/demo] [--seed 1] [--quick]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 TOOLS = HERE.parent.parent / "tools"
 MARKER = "made-by-examples-demo"
 NUM_WARM, NUM_TRAIN, NUM_HELD_OUT, NUM_SAMPLES = 24000, 1200, 300, 8
+QUICK = 20  # --quick does this much less
 MAX_NEW_TOKENS, SAMPLED_ANSWERS = 64, 4
 
 
@@ -32,6 +33,10 @@ class Demo:
     folder: Path
     seed: int
     started: float
+    quick: bool = False
+
+    def scaled(self, count: int) -> int:
+        return count // QUICK if self.quick else count
 
     def say(self, number: int, what: str) -> None:
         print(f"\n=== {number}/10  {what}  ({time.perf_counter() - self.started:.0f} s)", flush=True)
@@ -52,8 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="working folder (runs/demo)")
     parser.add_argument("--seed", type=int, default=1, help="of problems, weights, samples and order (1)")
+    parser.add_argument("--quick", action="store_true", help="see that every step runs; the numbers mean nothing")
     args = parser.parse_args()
-    demo = Demo(folder=fresh_folder(args.dir), seed=args.seed, started=time.perf_counter())
+    demo = Demo(folder=fresh_folder(args.dir), seed=args.seed, started=time.perf_counter(), quick=args.quick)
 
     demo.say(1, "generate verifiable problems")
     make_problems(demo)
@@ -112,9 +118,9 @@ def make_problems(demo: Demo) -> None:
 
     # Four terms: a small model is mostly right when it writes the steps down, mostly wrong when it does not.
     four_terms = partial(generate, kinds=("plain",), num_terms=(4,))
-    worked = four_terms(NUM_WARM, seed=demo.seed, split="train")
-    sampled = four_terms(NUM_TRAIN, seed=demo.seed + 1000, split="train", distinct=True)
-    held_out = four_terms(NUM_HELD_OUT, seed=demo.seed + 2000, split="held_out", distinct=True)
+    worked = four_terms(demo.scaled(NUM_WARM), seed=demo.seed, split="train")
+    sampled = four_terms(demo.scaled(NUM_TRAIN), seed=demo.seed + 1000, split="train", distinct=True)
+    held_out = four_terms(demo.scaled(NUM_HELD_OUT), seed=demo.seed + 2000, split="held_out", distinct=True)
     with (demo.folder / "warm.jsonl").open("w", encoding="utf-8") as file:
         for problem in worked:
             file.write(json.dumps({"prompt": problem.prompt, "response": problem.worked_solution}) + "\n")
@@ -159,7 +165,8 @@ def preprocess(demo: Demo, records: str, store: str, *options: object) -> None:
 
 def train(demo: Demo, config: str, *flags: object) -> None:
     """A training run on two ranks."""
-    demo.call("-m", "megatron_groupdpo.train", "--config", HERE / config, "--seed", demo.seed, *flags, ranks=2)
+    quick = ("--train-iters", 60) if demo.quick else ()
+    demo.call("-m", "megatron_groupdpo.train", "--config", HERE / config, "--seed", demo.seed, *flags, *quick, ranks=2)
 
 
 def sample_groups(demo: Demo, checkpoint: Path, name: str) -> None:

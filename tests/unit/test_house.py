@@ -191,3 +191,9 @@ def test_a_long_function_is_seen():
     body = "\n".join(["def f():", *["    pass"] * MAX_FUNCTION_LINES])
     assert len(long_functions(body)) == 1
     assert long_functions("\n".join(body.splitlines()[:-1])) == []
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports them by bare name: two of one name in different folders stop the whole collection."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert sorted(set(names)) == sorted(names)
