@@ -47,9 +47,7 @@ def sample_on_rank(
 
 def largest_gap_to_uncached_on_rank(layout: dict[str, int], model: dict[str, Any]) -> float:
     """Largest difference between logits with the cache and of a forward over the whole prefix."""
-    from megatron.core.inference.contexts import StaticInferenceContext
-
-    from megatron_groupdpo.mcore.generate import _next_logits
+    from megatron_groupdpo.mcore.generate import StaticInferenceContext, _next_logits
     from megatron_groupdpo.mcore.setup import shut_down
 
     try:
