@@ -231,17 +231,6 @@ def _libraries(probe: Probe) -> list[Finding]:
     if probe.answer is None and all(finding.state == "ok" for finding in findings):
         way_out = "reinstall what the message names: make clean setup"
         findings.append(Finding(name="library imports", state="broken", detail=probe.error, way_out=way_out))
-    vllm = _version("vllm")
-    findings.append(
-        Finding(name="vLLM", state="ok", detail=vllm)
-        if vllm
-        else Finding(
-            name="vLLM",
-            state="absent",
-            detail="sampling uses Megatron's own generation",
-            way_out="optional: pip install vllm",
-        )
-    )
     return findings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -205,7 +206,7 @@ def _weights(given: Sequence[str] | None) -> dict[str, float] | None:
             weights[name] = float(weight)
         except ValueError:
             name = ""
-        if not name:
+        if not name or not math.isfinite(weights[name]):
             raise ConfigError(f"--score-weights takes NAME=WEIGHT, got {item!r}; for example helpfulness=1.0")
     return weights
 

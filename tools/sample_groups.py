@@ -23,8 +23,7 @@ EXAMPLE = """example:
       --num-samples-per-prompt 8 --output data/groups.jsonl
 
 Prompts are problems with known answers, as megatron_groupdpo.online.problems writes them, or GSM8K's. Ranks share
-them; what is drawn does not depend on how many
-ranks there are, nor on the batch size.
+them; what is drawn does not depend on how many ranks there are, nor on the batch size.
 """
 
 
@@ -49,6 +48,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
     args = parser.parse_args()
+    if Path(args.output).is_dir():
+        raise UserError(f"{args.output} is a folder; give a file to --output")
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     if Path(args.output).exists() and not args.overwrite:
         raise UserError(f"{args.output} exists; choose another --output or add --overwrite")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -58,7 +60,7 @@ def parse() -> argparse.Namespace:
             f"sizes must be at least 1 and {world} ranks a multiple of the tensor-parallel size; got "
             f"num_samples_per_prompt, max_new_tokens, batch_size, tensor_model_parallel_size = {sizes}"
         )
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1):
         raise ConfigError(f"temperature must be >= 0 and top_p in (0, 1]; got {args.temperature} and {args.top_p}")
     return args
 
@@ -122,7 +124,6 @@ def main() -> None:
 
 def write(path: Path, groups: list[dict[str, Any]]) -> None:
     """The file, whole or not at all, and a summary."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(group, ensure_ascii=False) + "\n" for group in groups)

@@ -239,7 +239,7 @@ def report(demo: Demo, answers: dict[str, dict[str, float]]) -> None:
 
 def json_lines(path: Path) -> list[dict]:
     """The objects of a JSON Lines file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 if __name__ == "__main__":

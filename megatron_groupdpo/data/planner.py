@@ -77,15 +77,21 @@ def _padded(length: int, multiple: int) -> int:
 
 
 def build_microbatches(plan: Plan, options: PlanOptions, *, rank: int) -> list[Microbatch]:
-    """The tensors of one data-parallel rank's microbatches, each [micro_batch_size, length]."""
+    """The tensors of one data-parallel rank's microbatches, each [rows, length], rows <= micro_batch_size."""
+    fullest = max(1, *(len(rows) for own in plan.rows for rows in own))
     return [
-        _padded_microbatch(rows, num_rows=options.micro_batch_size, length=length, pad_token=options.pad_token)
+        _padded_microbatch(
+            rows,
+            # A short microbatch still has all its rows where pipeline messages have one shape per step.
+            num_rows=fullest if options.same_length else max(1, len(rows)),
+            length=length,
+            pad_token=options.pad_token,
+        )
         for rows, length in zip(plan.rows[rank], plan.lengths[rank])
     ]
 
 
 def _padded_microbatch(rows: Sequence[ResponseRow], *, num_rows: int, length: int, pad_token: int) -> Microbatch:
-    # A short microbatch still has all its rows: pipeline messages have one shape per step.
     tokens_BS = torch.full((num_rows, length), pad_token, dtype=torch.int64)
     hidden_positions, targets, owners = [], [], []
     for b, row in enumerate(rows):

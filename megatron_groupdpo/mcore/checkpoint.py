@@ -19,11 +19,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_groupdpo.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FORMAT = 1
+# Megatron's and pickle's own kinds, and the one of torch's loader, which is no Exception.
+_LOAD_ERRORS = (Exception, CheckpointException)
 # Optimizer state laid out by parameter, not by buffer: loadable under another TP, PP and DP.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 
@@ -70,7 +73,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "metadata.json").exists():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"no checkpoint at {path}: the folder does not exist")
+        raise CheckpointError(f"no checkpoint at {path}: there is no such folder")
     iteration = latest_iteration(path)
     if iteration is None:
         raise CheckpointError(f"no checkpoint at {path}: neither {TRACKER} nor metadata.json is there")
@@ -85,7 +88,7 @@ def read_common(folder: Path) -> dict[str, Any]:
     """
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
-    except Exception as error:
+    except _LOAD_ERRORS as error:
         raise CheckpointError(f"{folder} cannot be read as a distributed checkpoint: {error}") from error
     if common.get("groupdpo_format") != _FORMAT:
         raise CheckpointError(
@@ -230,7 +233,7 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
         options = _group_options(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=True)
     _check_shapes(folder, state)
-    loaded: Any = dist_checkpointing.load(state, str(folder))
+    loaded = _read(folder, state)
     for index, chunk in enumerate(chunks):
         _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
     if optimizer is not None:
@@ -239,6 +242,17 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
         for group, own in zip(_param_groups(optimizer), options):
             group.update(own)
     dist.barrier()
+
+
+def _read(folder: Path, state: dict[str, Any]) -> Any:
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except _LOAD_ERRORS as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{folder} is damaged or incomplete ({type(error).__name__}: {reason[-1] if reason else 'no reason'}); "
+            f"load another iter_ folder: write its number into {folder.parent / TRACKER}"
+        ) from error
 
 
 def _param_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:

@@ -67,7 +67,7 @@ def choose_device(requested: str) -> tuple[torch.device, str | None]:
     if requested == "cuda" and gpus < local_ranks:
         raise ConfigError(
             f"device 'cuda' needs one GPU per rank of the node: {local_ranks} ranks, {gpus} GPUs; "
-            f"start at most {gpus} ranks per node or set --device cpu"
+            + (f"start at most {gpus} ranks per node or set --device cpu" if gpus else "set --device cpu")
         )
     if requested == "cpu" or gpus < local_ranks:
         reason = "asked for" if requested == "cpu" else f"{gpus} GPUs for {local_ranks} local ranks"

@@ -188,7 +188,7 @@ def read_problems(path: Path) -> list[Problem]:
         DataError: the file is absent or empty, or a line is in neither form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: problems cannot be read ({error}); give a JSONL file in UTF-8") from error
     problems = [_read_line(line, where=f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

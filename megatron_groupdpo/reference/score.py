@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_groupdpo.data.batch import build_batch
 from megatron_groupdpo.data.planner import PlanOptions, build_microbatches, plan_batch
 from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.errors import UserError
+from megatron_groupdpo.errors import DataError, UserError
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.reference.store import ReferenceKey, ReferenceWriter
@@ -44,6 +44,7 @@ def score_store(
         DataError: the folder holds numbers of other weights or another precision.
         UserError: a log-probability is not finite.
     """
+    _check_fit(policy, store)
     key = ReferenceKey(
         store_digest=store.digest,
         weights_digest=policy.weights_digest(),
@@ -77,6 +78,20 @@ def score_store(
             on_groups(len(ids))
         written += batch.num_responses
     return written
+
+
+def _check_fit(policy: Policy, store: TokenStore) -> None:
+    longest, positions = int(store.meta["max_row_tokens"]), policy.model.max_position_embeddings
+    if longest > positions:
+        raise DataError(
+            f"{store.path}: the longest prompt and response have {longest} tokens, the model {positions} positions; "
+            f"run tools/preprocess_data.py with --seq-length {positions}"
+        )
+    tokens, vocabulary = int(store.meta["tokenizer"]["vocab_size"]), policy.model.vocab_size
+    if vocabulary is not None and tokens > vocabulary:
+        raise DataError(
+            f"{store.path}: its tokenizer has {tokens} tokens, the model's vocabulary {vocabulary}; use the model's own"
+        )
 
 
 def _open(ranks: Ranks, store: TokenStore, root: Path, key: ReferenceKey) -> tuple[ReferenceWriter | None, np.ndarray]:

@@ -18,6 +18,7 @@ from megatron_groupdpo.config import (
 )
 from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
 from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.data.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
 from megatron_groupdpo.mcore.checkpoint import (
     Progress,
@@ -33,6 +34,7 @@ from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.run.batches import BatchSource
+from megatron_groupdpo.run.checks import check_outputs, check_source
 from megatron_groupdpo.step.coefficients import LossOptions
 
 
@@ -53,6 +55,12 @@ class Run:
     train_iters: int
     starts_from_reference: bool
     """At iteration 0 the policy has the reference's weights, so every score must be 0."""
+    weights_from: Path | None
+    """The checkpoint that was loaded; none: seeded initial weights."""
+    tokenizer: dict[str, Any]
+    """The tokenizer of the data, as checkpoints record it for sampling and export."""
+    order: dict[str, Any]
+    """What the order of the data follows from; a resumed run must have the same."""
     origin: dict[str, Any] | None
     """What the import recorded of the Hugging Face model the weights come from; checkpoints pass it on to an export."""
 
@@ -63,7 +71,13 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
     Raises:
         UserError: anything that a user can put right.
     """
+    source, resumes = _checkpoint_to_load(config)
+    check_outputs(config, source if resumes else None)
     train_data, valid_data = _open_data(config)
+    tokenizer = _tokenizer(config, train_data)
+    order = _data_order(config, train_data)
+    if source is not None:
+        check_source(source, tokenizer, order if resumes else None)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, train_data.vocab_size))
     loss = loss_options(config)
     policy = build_policy(
@@ -77,7 +91,6 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         decay_groups=lr_decay_iters(config) * config.training.global_batch_size,
     )
     updater = Updater(optimizer, schedule)
-    source, resumes = _checkpoint_to_load(config)
     progress = _load(config, source, policy, updater, resumes=resumes)
     reference_policy = _resident_reference(config, ranks)
     train, valid = _sources(config, loss, ranks, policy, train_data, valid_data)
@@ -92,6 +105,9 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         valid=valid,
         loss=loss,
         train_iters=train_iters(config),
+        weights_from=source,
+        tokenizer=tokenizer,
+        order=order,
         origin=None if source is None else read_common(source)["config"].get("hugging_face"),
         starts_from_reference=progress.iteration == 0 and _same_weights(policy, reference_policy, train.reference),
     )
@@ -149,12 +165,37 @@ def _open_data(config: TrainConfig) -> tuple[GroupDataset, GroupDataset | None]:
                 f"{', '.join(paths)}: the longest prompt and response have {dataset.longest_row} tokens, seq_length is "
                 f"{data.seq_length}; raise --seq-length or run tools/preprocess_data.py with it"
             )
-    if valid_data is not None and valid_data.vocab_size != train_data.vocab_size:
-        raise DataError(
-            f"{', '.join(data.valid_data_path)}: tokenizer of {valid_data.vocab_size} tokens, the training data have "
-            f"{train_data.vocab_size}; use one tokenizer"
-        )
+    if valid_data is not None:
+        ours, theirs = (d.stores[0].meta["tokenizer"]["digest"][:16] for d in (valid_data, train_data))
+        if ours != theirs:
+            raise DataError(
+                f"{', '.join(data.valid_data_path)}: tokenizer digest {ours} is not {theirs} as in training; "
+                "use one tokenizer"
+            )
     return train_data, valid_data
+
+
+_NEED_A_CHECKPOINT = ("exit_on_missing_checkpoint", "finetune", "no_load_optim")
+
+
+def _tokenizer(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
+    """The tokenizer of the stores; where the flags name one, it must be that."""
+    made_with = dict(data.stores[0].meta["tokenizer"])
+    kind, model = config.data.tokenizer_type, config.data.tokenizer_model
+    if model is None:
+        return made_with
+    named = TokenizerOptions(kind=kind or made_with["kind"], model=model, chat_template=made_with["chat_template"])
+    data.stores[0].load_tokenizer(named)
+    return made_with | {"kind": named.kind, "model": model}
+
+
+def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
+    return {
+        "stores": [store.digest for store in data.stores],
+        "seed": config.training.seed,
+        "shuffle": config.data.shuffle,
+        "valid_fraction": config.data.valid_fraction,
+    }
 
 
 def _checkpoint_to_load(config: TrainConfig) -> tuple[Path | None, bool]:
@@ -164,8 +205,9 @@ def _checkpoint_to_load(config: TrainConfig) -> tuple[Path | None, bool]:
         root = Path(checkpoint.load)
         if (root / "metadata.json").exists() or latest_iteration(root) is not None:
             return find_checkpoint(root), not checkpoint.finetune
-        if checkpoint.exit_on_missing_checkpoint:
-            raise CheckpointError(f"no checkpoint at {root}, and exit_on_missing_checkpoint is set")
+        asked = [name for name in _NEED_A_CHECKPOINT if getattr(checkpoint, name)]
+        if asked:
+            raise CheckpointError(f"no checkpoint at {root}, and {asked[0]} is set; give the folder of one to --load")
     if checkpoint.pretrained_checkpoint is not None:
         return find_checkpoint(Path(checkpoint.pretrained_checkpoint)), False
     return None, False

@@ -115,7 +115,7 @@ def _check_gradient(grad_norm: float, iteration: int) -> None:
     if not math.isfinite(grad_norm):
         raise UserError(
             f"iteration {iteration}: the gradient norm is {grad_norm}, though every score was finite; lower --lr or "
-            f"--beta and resume from the last checkpoint. The weights of iteration {iteration} were not saved."
+            f"--beta and resume from an earlier checkpoint. The weights of iteration {iteration} were not saved."
         )
 
 
@@ -193,8 +193,9 @@ def _save(run: Run, progress: Progress) -> None:
         progress=progress,
         model=run.policy.identity,
         config={
+            "order": run.order,
             "yaml": to_yaml(run.config),
-            "tokenizer": dict(run.train.dataset.stores[0].meta["tokenizer"]),
+            "tokenizer": run.tokenizer,
             **({} if run.origin is None else {"hugging_face": run.origin}),
         },
         optimizer=run.updater.optimizer,

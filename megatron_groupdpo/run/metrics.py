@@ -8,6 +8,9 @@ from torch import Tensor
 from megatron_groupdpo.step.coefficients import GroupLoss
 from megatron_groupdpo.types import GroupBatch
 
+# Where policy and reference are one model, scores differ from 0 by rounding; which way says nothing.
+_TIE = 1e-6
+
 
 def batch_metrics(batch: GroupBatch, result: GroupLoss, logps_R: Tensor, ref_logps_R: Tensor) -> dict[str, float]:
     """Metrics of a global batch under TRL's names, and ours under ``group/``.
@@ -56,10 +59,10 @@ def _mean(values_GK: Tensor, where_GK: Tensor) -> Tensor:
 
 
 def _pairwise_accuracy(scores_GK: Tensor, positive_GK: Tensor, negative_GK: Tensor) -> Tensor:
-    """[G]: share of (positive, negative) pairs in the right order; a tie counts half."""
+    """[G]: share of (positive, negative) pairs in the right order; a tie, rounding aside, counts half."""
     pairs_GPN = positive_GK[:, :, None] & negative_GK[:, None, :]
     gaps_GPN = scores_GK[:, :, None] - scores_GK[:, None, :]
-    right_GPN = (gaps_GPN > 0).double() + 0.5 * (gaps_GPN == 0).double()
+    right_GPN = (gaps_GPN > _TIE).double() + 0.5 * (gaps_GPN.abs() <= _TIE).double()
     return (right_GPN * pairs_GPN).sum((1, 2)) / pairs_GPN.sum((1, 2)).clamp_min(1)
 
 

@@ -32,6 +32,7 @@ def print_start(run: Run, first: PlannedBatch) -> None:
     lines = [
         f"layout      {', '.join([layout, *extras])}, {'bf16' if config.precision.bf16 else 'fp32'}",
         f"model       {num_parameters:,} parameters, vocabulary {run.policy.model.vocab_size}",
+        f"weights     {run.weights_from or 'initial ones, drawn from the seed'}",
         f"data        {len(run.train.group_ids):,} groups to train on"
         + (f", {len(run.valid.group_ids):,} to validate" if run.valid is not None else ""),
         f"batch       {batch.num_groups} groups = {batch.num_responses} responses = {first.num_tokens:,} tokens in "
@@ -63,6 +64,10 @@ def _oddities(run: Run, first: PlannedBatch) -> list[str]:
         found.append("no response of the first batch gets a pass")
     if config.training.score_drift_threshold is None and config.precision.bf16:
         found.append("score_drift_threshold is not set: drift between the passes is only reported")
+    if config.checkpoint.load is not None and run.progress.iteration == 0 and not config.checkpoint.finetune:
+        found.append(f"load {config.checkpoint.load} holds no checkpoint yet: the run starts at iteration 0")
+    if run.progress.iteration >= run.train_iters:
+        found.append(f"nothing to do: the checkpoint is at iteration {run.progress.iteration} of {run.train_iters}")
     if config.checkpoint.save is None:
         found.append("save is not set: no checkpoint will be written")
     return found

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import tiny_run
 from rank_pool import RankPool
 from tiny_run import read_metrics, refusal_on_rank, train_on_rank
 
@@ -75,7 +77,7 @@ def test_a_resumed_run_needs_the_optimizer_state(train, tmp_path: Path):
     """The law above would be empty if the state did not matter: weights alone give another run."""
     digest, _ = train(ONE, tmp_path / "whole")
     train(ONE, tmp_path / "parts", "--train-iters", "3", "--lr-decay-iters", "6")
-    assert train(ONE, tmp_path / "parts", "--finetune", "--train-iters", "3")[0] != digest
+    assert train(ONE, tmp_path / "parts", "--no-load-optim")[0] != digest
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_with_its_reason(
@@ -89,6 +91,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_its_reason(
         ("--hidden-size", "64"): ["another model", "hidden_size: checkpoint 32, run 64"],
         ("--norm-epsilon", "1e-6"): ["another model", "norm_epsilon"],
         ("--use-distributed-optimizer",): ["optimizer state", "--finetune"],
+        ("--seed", "99"): ["another order of data", "seed: checkpoint 7, run 99"],
+        ("--no-shuffle",): ["another order of data", "shuffle"],
+        ("--load", "none"): ["holds another run, at iteration 1"],
+        ("--finetune",): ["holds another run, at iteration 1"],
+        ("--load", str(tmp_path / "nothing"), "--save", str(tmp_path / "new"), "--finetune"): ["finetune is set"],
         ("--load", str(tmp_path / "nothing"), "--exit-on-missing-checkpoint"): ["no checkpoint at"],
         ("--pretrained-checkpoint", str(tmp_path / "nothing"), "--load", str(tmp_path)): ["no checkpoint at"],
     }.items():
@@ -97,3 +104,35 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_its_reason(
             for fragment in fragments:
                 assert fragment in message
     assert sorted(path.name for path in folder.rglob("*")) == before, "a refused run changed the checkpoint folder"
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_name(pool: RankPool, train, config_file: ConfigFile, tmp_path: Path):
+    folder = tmp_path / "one"
+    train(ONE, folder, "--train-iters", "1", "--lr-warmup-iters", "0")
+    for file in folder.glob("iter_*/*.distcp"):
+        file.write_bytes(file.read_bytes()[:1000])
+    argv = ["--config", str(config_file()), "--load", str(folder), "--save", str(folder)]
+    for kind, message in pool.run(2, refusal_on_rank, argv):
+        assert kind == "CheckpointError"
+        assert "iter_0000001 is damaged or incomplete" in message
+
+
+def test_a_tokenizer_that_is_not_the_stores_is_refused(
+    pool: RankPool, config_file: ConfigFile, tiny_data: tiny_run.TinyData, tmp_path: Path
+):
+    argv = ["--config", str(config_file()), "--train-iters", "3", "--tokenizer-type", "SentencePieceTokenizer"]
+    argv += ["--tokenizer-model"]
+    absent = pool.run(1, refusal_on_rank, [*argv, str(tmp_path / "absent.model")])[0]
+    assert absent[0] == "DataError"
+    assert "absent.model: no such file" in absent[1]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["other words make other pieces"] * 50),
+        model_prefix=str(tmp_path / "other"),
+        vocab_size=30,
+        hard_vocab_limit=False,
+        minloglevel=9,
+    )
+    other = pool.run(1, refusal_on_rank, [*argv, str(tmp_path / "other.model")])[0]
+    assert other[0] == "DataError"
+    assert "the store was made with the tokenizer" in other[1]
+    pool.run(1, train_on_rank, [*argv, str(tiny_data.tokenizer)])

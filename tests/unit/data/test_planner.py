@@ -103,8 +103,10 @@ def test_microbatches_point_at_the_states_that_predict_the_targets(
     plan = plan_batch(batch, options)
     for rank in range(options.data_parallel_size):
         for microbatch, length in zip(build_microbatches(plan, options, rank=rank), plan.lengths[rank]):
-            assert microbatch.tokens_BS.shape == (options.micro_batch_size, length)
-            assert microbatch.position_ids_BS.tolist() == [list(range(length))] * options.micro_batch_size
+            num_rows, fullest = len(microbatch.tokens_BS), min(options.micro_batch_size, max(1, len(lengths)))
+            assert num_rows == (fullest if options.same_length else max(1, microbatch.responses_r.numel()))
+            assert microbatch.tokens_BS.shape == (num_rows, length)
+            assert microbatch.position_ids_BS.tolist() == [list(range(length))] * num_rows
             # Hidden states lie as [S, B, H]; take the next token of each as its "prediction".
             next_SB = microbatch.tokens_BS.T.roll(-1, dims=0)
             found_T = next_SB.flatten()[microbatch.hidden_positions_T]

@@ -1,0 +1,68 @@
+"""What is refused before a model is built: outputs of another run, checkpoints that do not go with the data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_groupdpo.config import TrainConfig
+from megatron_groupdpo.errors import CheckpointError, ConfigError
+from megatron_groupdpo.mcore.checkpoint import latest_iteration, read_common
+from megatron_groupdpo.run.logs import METRICS_FILE
+
+
+def check_outputs(config: TrainConfig, resumed: Path | None) -> None:
+    """Make the folders a run writes to, and refuse those that hold another run.
+
+    Args:
+        config: the run.
+        resumed: the ``iter_`` folder the run goes on from, if it does.
+
+    Raises:
+        ConfigError: a folder cannot be made.
+        CheckpointError: ``save`` or ``run_dir`` holds a run that this one does not go on with.
+    """
+    save, run_dir = config.checkpoint.save, config.logging.run_dir
+    for name, folder in (("save", save), ("run_dir", run_dir), ("tensorboard_dir", config.logging.tensorboard_dir)):
+        try:
+            if folder is not None:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{name} {folder}: the folder cannot be made ({error}); choose another") from error
+    way_out = "go on with it (--load with the same folder), or choose another folder"
+    if save is not None:
+        goes_on = resumed is not None and resumed.resolve().parent == Path(save).resolve()
+        found = latest_iteration(Path(save))
+        if found is not None and not goes_on:
+            raise CheckpointError(f"--save {save} holds another run, at iteration {found}; {way_out}")
+    log = None if run_dir is None else Path(run_dir) / METRICS_FILE
+    if log is not None and log.exists() and resumed is None:
+        raise CheckpointError(f"--run-dir {run_dir} holds the {METRICS_FILE} of another run; {way_out}")
+    # No rank may start to write before the last one has looked.
+    dist.barrier()
+
+
+def check_source(source: Path, tokenizer: dict[str, Any], order: dict[str, Any] | None) -> None:
+    """The checkpoint must be of the data's tokenizer, and a resumed run of the same data in the same order."""
+    saved = read_common(source)["config"]
+    digest = (saved.get("tokenizer") or {}).get("digest")
+    if digest is not None and digest != tokenizer["digest"]:
+        raise CheckpointError(
+            f"{source} was trained with a tokenizer of digest {digest[:16]}, the data were made with "
+            f"{tokenizer['model']} ({tokenizer['digest'][:16]}); preprocess with the checkpoint's tokenizer"
+        )
+    before = saved.get("order")
+    if order is None or before is None:
+        return
+    differ = [
+        f"{name}: checkpoint {before.get(name)}, run {value}"
+        for name, value in order.items()
+        if before.get(name) != value
+    ]
+    if differ:
+        raise CheckpointError(
+            f"{source} stands in another order of data ({'; '.join(differ)}), which this run would not go on with; "
+            "set these as they were, or take the weights alone with --finetune and another --save"
+        )
