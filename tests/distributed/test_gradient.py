@@ -132,7 +132,7 @@ def test_a_batch_with_fewer_responses_than_data_parallel_ranks_has_its_gradient(
 
 @pytest.mark.parametrize("layout", ["one rank", "TP2-sequence-parallel", "PP2-VPP2", "DP2", "TP2xPP2"])
 def test_bf16_gradient_is_that_of_the_rounded_weights_to_five_percent(pool: RankPool, layout: str):
-    """Measured 1 % to 2 %; a wrong factor or a lost microbatch is far outside."""
+    """A wrong factor or a lost microbatch is far outside."""
     num_ranks, parallel = LAYOUTS.get(layout, (1, {}))
     case = LayoutCase(num_ranks=num_ranks, parallel=parallel, precision={"bf16": True})
     results: list[RankResult] = pool.run(num_ranks, run_case, case)
