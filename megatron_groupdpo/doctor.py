@@ -182,7 +182,7 @@ def _apex(probe: Probe) -> Finding:
     if all(found.values()):
         return Finding(name="Apex", state="ok", detail="amp_C and fused_weight_gradient_mlp_cuda import")
     missing = " and ".join(name for name, present in found.items() if not present)
-    detail = f"{missing} not importable: no gradient accumulation fusion"
+    detail = f"{missing} not importable: torch's or Transformer Engine's optimizer and clipping are used"
     if _version("apex") and not any(found.values()):
         detail += f" (an `apex` {_version('apex')} without them is installed)"
     return Finding(name="Apex", state="absent", detail=detail, way_out=_APEX_INSTALL)
@@ -196,7 +196,8 @@ def _paths(torch: Probe, engine: Probe, apex: Probe) -> list[Finding]:
     # One recipe has to run on every device of the run.
     recipes = fp8_recipes(min(tuple(device["capability"]) for device in devices)) if devices else ()
     if engine_used and recipes:
-        fp8 = Finding(name="FP8", state="ok", detail=", ".join(recipes))
+        detail = f"this machine could run {', '.join(recipes)}; training refuses FP8 flags for now"
+        fp8 = Finding(name="FP8", state="ok", detail=detail)
     else:
         reasons = [
             *([] if engine_used else ["Transformer Engine on a GPU"]),
@@ -210,12 +211,10 @@ def _paths(torch: Probe, engine: Probe, apex: Probe) -> list[Finding]:
         else "PyTorch scaled_dot_product_attention (local layer spec)"
     )
     optimizer = optimizer_path(transformer_engine=engine.answer is not None, apex=bool(fused.get("amp_C")))
-    fusion = "in Apex's kernel" if fused.get("fused_weight_gradient_mlp_cuda") and devices else "off (needs Apex)"
     return [
         fp8,
         Finding(name="attention", state="ok", detail=attention),
         Finding(name="optimizer", state="ok", detail=optimizer),
-        Finding(name="gradient accumulation fusion", state="ok", detail=fusion),
     ]
 
 
