@@ -10,13 +10,15 @@ from torch import Tensor
 from megatron_groupdpo.types import Microbatch
 
 
-class ResponseWeights(Protocol):
-    """Weight of each response in the backward pass."""
+class MicrobatchLoss(Protocol):
+    """What the backward pass differentiates, a microbatch at a time."""
 
     def __call__(self, responses_r: Tensor, logps_r: Tensor) -> Tensor:
-        """Weights [r] float64 of the responses with flat indices ``responses_r`` [r] int64.
+        """Scalar loss of a microbatch.
 
-        ``logps_r`` [r] float64 are their log-probabilities in this very pass, detached.
+        Args:
+            responses_r: [r] int64 flat indices of its responses.
+            logps_r: [r] float64 their summed log-probabilities, with the graph that made them.
         """
         ...
 
@@ -32,11 +34,11 @@ class Engine(Protocol):
         ...
 
     def backward(
-        self, microbatches: Sequence[Microbatch], num_responses: int, weights: ResponseWeights | None
+        self, microbatches: Sequence[Microbatch], num_responses: int, loss: MicrobatchLoss | None
     ) -> Tensor | None:
-        """Accumulate the gradient of ``sum_r weight_r * logp_r`` over every rank; log-probabilities as above.
+        """Accumulate the gradient of the sum of ``loss`` over all microbatches and ranks; log-probabilities as above.
 
-        ``weights`` is needed where :meth:`score` returns a tensor, and not looked at elsewhere. Gradients are summed,
+        ``loss`` is needed where :meth:`score` returns a tensor, and not looked at elsewhere. Gradients are summed,
         never averaged.
         """
         ...

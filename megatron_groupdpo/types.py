@@ -142,12 +142,15 @@ class GroupBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Microbatch:
-    """What one call of the model sees: some responses, padded to [B, S], or packed to [1, S]."""
+    """What one call of the model sees: some responses, padded to [B, S], or packed to [1, S].
+
+    Under context parallelism S and T are this rank's part, ``responses_r`` and ``cu_seqlens`` are whole.
+    """
 
     tokens_BS: torch.Tensor
     """[B, S] int64."""
     position_ids_BS: torch.Tensor
-    """[B, S] int64; restarts at 0 at every packed response."""
+    """[B, S] int64; restarts at 0 at every packed response; 0 for padding."""
     hidden_positions_T: torch.Tensor
     """[T] int64: indices into the model's hidden states flattened from [S, B]; state t predicts token t+1."""
     targets_T: torch.Tensor
@@ -157,4 +160,4 @@ class Microbatch:
     responses_r: torch.Tensor
     """[r] int64: flat indices (R) of the responses in it; empty in a microbatch that only fills the schedule."""
     cu_seqlens: torch.Tensor | None = None
-    """[n+1] int32 boundaries of packed responses; None when padded."""
+    """[n+1] int32 boundaries of packed responses, before context parallelism cuts them; None when padded."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.data.planner import length_multiple, plan_options
 from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError
@@ -31,33 +33,59 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--load", required=True, metavar="FOLDER", help="checkpoint of the reference model")
     parser.add_argument("--data-path", required=True, nargs="+", metavar="STORE", help="token stores to score")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the log-probabilities are kept")
-    parser.add_argument("--micro-batch-size", type=int, default=8, metavar="N", help="responses per microbatch (8)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--micro-batch-size", type=int, metavar="N", help="responses per microbatch (8)")
+    size.add_argument(
+        "--max-tokens-per-microbatch", type=int, metavar="N", help="or: tokens, responses packed to fill it"
+    )
     parser.add_argument("--groups-per-batch", type=int, default=64, metavar="N", help="groups between two writes (64)")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--context-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="as the training run will have it; otherwise fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
 
+def check_token_budget(budget: int | None, stores: Sequence[TokenStore], parallel: ParallelConfig) -> None:
+    """Refuse a budget that the longest response does not fit in."""
+    for store in stores:
+        longest = int(store.meta["max_row_tokens"])
+        needed = -(-longest // length_multiple(parallel)) * length_multiple(parallel)
+        if budget is not None and budget < needed:
+            raise ConfigError(
+                f"--max-tokens-per-microbatch {budget} cannot hold the longest prompt and response of {store.path}, "
+                f"{longest} tokens; give at least {needed}"
+            )
+
+
 def main() -> None:
     """Score every store on the layout of this launch."""
     args = parse()
-    world, model_ranks = (
-        int(os.environ.get("WORLD_SIZE", "1")),
-        args.tensor_model_parallel_size * args.pipeline_model_parallel_size,
-    )
-    if min(args.micro_batch_size, args.groups_per_batch, model_ranks) < 1 or world % model_ranks:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = (args.tensor_model_parallel_size, args.pipeline_model_parallel_size, args.context_parallel_size)
+    model_ranks = math.prod(sizes)
+    if args.max_tokens_per_microbatch is None and args.micro_batch_size is None:
+        args.micro_batch_size = 8
+    if min(*sizes, args.micro_batch_size or args.max_tokens_per_microbatch, args.groups_per_batch) < 1:
+        raise ConfigError("every size must be at least 1")
+    if world % model_ranks:
         raise ConfigError(
-            f"{world} ranks must be a multiple of tensor x pipeline = {model_ranks}, and all sizes at least 1; "
-            "change --nproc-per-node or the parallel sizes"
+            f"{world} ranks must be a multiple of tensor x pipeline x context = {model_ranks}; change "
+            "--nproc-per-node or the parallel sizes"
         )
+    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
+        raise ConfigError("--sequence-parallel splits over the tensor-parallel ranks; set --tensor-model-parallel-size")
     stores = [TokenStore.open(path) for path in args.data_path]
     parallel = ParallelConfig(
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        sequence_parallel=args.sequence_parallel,
         device=args.device,
     )
+    check_token_budget(args.max_tokens_per_microbatch, stores, parallel)
     # Megatron takes seconds to import: a mistyped path is answered before.
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
@@ -65,10 +93,11 @@ def main() -> None:
 
     ranks = initialize(parallel, seed=0)
     policy = load_policy(Path(args.load), parallel, PrecisionConfig(bf16=args.bf16), ranks)
-    plan = PlanOptions(
-        micro_batch_size=args.micro_batch_size,
+    plan = plan_options(
+        parallel,
         data_parallel_size=ranks.dp_group.size(),
-        same_length=args.pipeline_model_parallel_size > 1,
+        micro_batch_size=args.micro_batch_size,
+        max_tokens_per_microbatch=args.max_tokens_per_microbatch,
     )
     for store in stores:
         bar = tqdm(total=len(store), unit=" groups", desc=f"score {store.path}", disable=not ranks.is_logger)

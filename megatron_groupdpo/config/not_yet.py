@@ -21,11 +21,6 @@ class NotYet:
 
 NOT_YET = (
     NotYet(
-        field="parallel.context_parallel_size",
-        refused=lambda size: size > 1,
-        reason="sequences are not split over ranks yet; set it to 1",
-    ),
-    NotYet(
         field="parallel.expert_model_parallel_size",
         refused=lambda size: size > 1,
         reason="mixtures of experts are not supported yet; set it to 1",
@@ -35,10 +30,5 @@ NOT_YET = (
         refused=lambda fp8_format: fp8_format is not None,
         reason="FP8 is not supported yet (and without Transformer Engine Megatron would ignore it in silence); "
         "leave it out and use bf16",
-    ),
-    NotYet(
-        field="training.max_tokens_per_microbatch",
-        refused=lambda tokens: tokens is not None,
-        reason="packing is not supported yet; use micro_batch_size",
     ),
 )

@@ -96,10 +96,18 @@ def _layout_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     if model.num_layers % (pp * (chunks or 1)):
         stages = f"pipeline_model_parallel_size ({pp})" + (f" x virtual chunks ({chunks})" if chunks else "")
         yield f"num_layers ({model.num_layers}) must be a multiple of {stages}; choose sizes that divide it."
-    if cp > 1 and config.data.seq_length % (2 * cp):
+    multiple = (2 * cp if cp > 1 else 1) * (tp if parallel.sequence_parallel else 1)
+    if config.data.seq_length % multiple:
         yield (
-            f"seq_length ({config.data.seq_length}) must be a multiple of 2 x context_parallel_size ({2 * cp}); "
-            f"try {config.data.seq_length // (2 * cp) * 2 * cp or 2 * cp}."
+            f"seq_length ({config.data.seq_length}) must be a multiple of {multiple}: context parallelism cuts a "
+            f"sequence in 2 x {cp}, sequence parallelism in {tp}; "
+            f"try {-(-config.data.seq_length // multiple) * multiple}."
+        )
+    budget = config.training.max_tokens_per_microbatch
+    if budget is not None and budget < config.data.seq_length:
+        yield (
+            f"max_tokens_per_microbatch ({budget}) must hold a response of seq_length ({config.data.seq_length}) "
+            f"tokens; raise the former or lower the latter."
         )
 
 

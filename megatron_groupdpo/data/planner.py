@@ -7,38 +7,106 @@ the stages and ranks agree on counts and shapes without talking.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from megatron_groupdpo.types import GroupBatch, Microbatch, ResponseRow
+from megatron_groupdpo.config import ParallelConfig
+from megatron_groupdpo.types import GroupBatch, ResponseRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
-    """What the layout asks of a plan."""
+    """What the layout asks of a plan. Exactly one of the two sizes is given."""
 
-    micro_batch_size: int
-    """Responses per microbatch."""
+    micro_batch_size: int | None = None
+    """Responses per microbatch, padded to one length."""
+    max_tokens_per_microbatch: int | None = None
+    """Tokens per microbatch, responses packed into one row."""
     data_parallel_size: int
+    context_parallel_size: int = 1
     microbatch_multiple: int = 1
     """Microbatches per rank are a multiple of this (the pipeline size, when interleaved)."""
     length_multiple: int = 1
-    """Sequence lengths are padded to a multiple of this (sequence parallelism: the tensor-parallel size)."""
+    """Lengths of microbatches are a multiple of this."""
     same_length: bool = False
-    """All microbatches of a step have one length (pipeline messages have one shape)."""
+    """All microbatches of a step have one shape (pipeline messages have)."""
     pad_token: int = 0
+    attention_cost: float = 0.0
+    """Cost of a response of length L is L + this x L^2; see :func:`megatron_groupdpo.run.flops.attention_cost`."""
+
+    def __post_init__(self) -> None:
+        assert (self.micro_batch_size is None) != (self.max_tokens_per_microbatch is None)
+        assert self.length_multiple % self.row_multiple == 0
+
+    @property
+    def packed(self) -> bool:
+        """Responses lie one after the other in one row."""
+        return self.max_tokens_per_microbatch is not None
+
+    @property
+    def row_multiple(self) -> int:
+        """A response's own length is padded to a multiple of this, so that context parallelism can cut it."""
+        return row_multiple(self.context_parallel_size)
+
+    def row_length(self, row: ResponseRow) -> int:
+        """Padded length of a response in a packed row."""
+        return _padded(len(row.tokens_S), self.row_multiple)
+
+    def cost(self, row: ResponseRow) -> float:
+        """Relative work of a response in a packed row."""
+        length = self.row_length(row)
+        return length * (1.0 + self.attention_cost * length)
+
+
+def row_multiple(context_parallel_size: int) -> int:
+    """Each sequence is cut into two chunks a rank (``mcore/context_parallel.py``)."""
+    return 2 * context_parallel_size if context_parallel_size > 1 else 1
+
+
+def length_multiple(parallel: ParallelConfig) -> int:
+    """Lengths of microbatches are a multiple of this: sequence parallelism cuts what context parallelism left."""
+    return row_multiple(parallel.context_parallel_size) * (
+        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    )
+
+
+def plan_options(
+    parallel: ParallelConfig,
+    *,
+    data_parallel_size: int,
+    micro_batch_size: int | None = None,
+    max_tokens_per_microbatch: int | None = None,
+    attention_cost: float = 0.0,
+    pad_token: int = 0,
+) -> PlanOptions:
+    """Options of a layout."""
+    pp = parallel.pipeline_model_parallel_size
+    return PlanOptions(
+        micro_batch_size=micro_batch_size,
+        max_tokens_per_microbatch=max_tokens_per_microbatch,
+        data_parallel_size=data_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        microbatch_multiple=pp if parallel.virtual_pipeline_model_parallel_size is not None else 1,
+        length_multiple=length_multiple(parallel),
+        same_length=pp > 1,
+        pad_token=pad_token,
+        attention_cost=attention_cost,
+    )
+
+
+Rows = tuple[ResponseRow, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Rows of each microbatch of each rank, and their padded lengths."""
+    """Rows of each microbatch of each rank, and the microbatches' lengths."""
 
-    rows: tuple[tuple[tuple[ResponseRow, ...], ...], ...]
+    rows: tuple[tuple[Rows, ...], ...]
     """[rank][microbatch] -> rows; an empty microbatch only fills the schedule."""
     lengths: tuple[tuple[int, ...], ...]
-    """[rank][microbatch] -> padded sequence length."""
+    """[rank][microbatch] -> sequence length, padding included (packed: of all responses together)."""
 
     @property
     def num_microbatches(self) -> int:
@@ -47,67 +115,108 @@ class Plan:
 
 
 def plan_batch(batch: GroupBatch, options: PlanOptions) -> Plan:
-    """Place every response once: neighbours in length share a microbatch, ranks take turns from the longest down."""
+    """Place every response once.
+
+    Padded: neighbours in length share a microbatch. Packed: as few microbatches as fit the token budget, the responses
+    spread over them by cost. Either way the microbatches go to the ranks by cost.
+    """
     # Ties keep the batch's order, so that the plan is the same on every machine.
     ordered = sorted(batch.rows, key=lambda row: (-len(row.tokens_S), row.index))
-    size, ranks = options.micro_batch_size, options.data_parallel_size
-    filled = [tuple(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-    per_rank: list[list[tuple[ResponseRow, ...]]] = [[] for _ in range(ranks)]
-    for index, rows in enumerate(filled):
-        turn, place = divmod(index, ranks)
-        # Back and forth, so that no rank always takes the longer of two neighbours.
-        per_rank[place if turn % 2 == 0 else ranks - 1 - place].append(rows)
-    count = max(1, -(-len(filled) // ranks))
-    count = -(-count // options.microbatch_multiple) * options.microbatch_multiple
+    if options.packed:
+        filled = _pack(ordered, options)
+    else:
+        size = options.micro_batch_size
+        assert size is not None
+        filled = [tuple(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+    return _deal(filled, options)
+
+
+def plan_whole_groups(batch: GroupBatch, options: PlanOptions) -> Plan:
+    """One group, whole, in each microbatch, whatever its size: what a loss that is not decoupled needs."""
+    rows = {row.index: row for row in batch.rows}
+    groups = [tuple(rows[index] for index in own if index >= 0) for own in batch.flat_index_GK.tolist()]
+    return _deal([group for group in groups if group], options)
+
+
+def _pack(ordered: Sequence[ResponseRow], options: PlanOptions) -> list[Rows]:
+    """Bins of at most the budget: first as few as first-fit decreasing finds, then the same number evened out."""
+    budget = options.max_tokens_per_microbatch
+    assert budget is not None
+    budget -= budget % options.length_multiple
+    tight = _first_fit(ordered, budget, options)
+    # Every rank runs the same number of microbatches anyway: use them all.
+    count = _padded(len(tight), options.data_parallel_size * options.microbatch_multiple)
+    return _spread(ordered, count, budget, options) or tight
+
+
+def _first_fit(ordered: Sequence[ResponseRow], budget: int, options: PlanOptions) -> list[Rows]:
+    bins: list[list[ResponseRow]] = []
+    room: list[int] = []
+    for row in ordered:
+        length = options.row_length(row)
+        assert length <= budget, "a response longer than the token budget is refused before"
+        index = next((i for i, left in enumerate(room) if left >= length), len(bins))
+        if index == len(bins):
+            bins.append([])
+            room.append(budget)
+        bins[index].append(row)
+        room[index] -= length
+    return [tuple(rows) for rows in bins]
+
+
+def _spread(ordered: Sequence[ResponseRow], count: int, budget: int, options: PlanOptions) -> list[Rows] | None:
+    """The longest first, each to the bin with the least work that has room; none where that leaves one without."""
+    bins: list[list[ResponseRow]] = [[] for _ in range(count)]
+    room = [budget] * count
+    work = [(0.0, i) for i in range(count)]
+    for row in ordered:
+        length, skipped = options.row_length(row), []
+        while work and room[work[0][1]] < length:
+            skipped.append(heapq.heappop(work))
+        if not work:
+            return None
+        load, index = heapq.heappop(work)
+        bins[index].append(row)
+        room[index] -= length
+        for entry in (*skipped, (load + options.cost(row), index)):
+            heapq.heappush(work, entry)
+    return [tuple(rows) for rows in bins if rows]
+
+
+def _deal(filled: Sequence[Rows], options: PlanOptions) -> Plan:
+    """Microbatches to ranks: the costliest first, each to the rank with the least work that has a place left."""
+    ranks = options.data_parallel_size
+    count = _padded(max(1, math.ceil(len(filled) / ranks)), options.microbatch_multiple)
+    cost = _microbatch_cost(options)
+    per_rank: list[list[Rows]] = [[] for _ in range(ranks)]
+    load = [(0.0, rank) for rank in range(ranks)]
+    for rows in sorted(filled, key=lambda rows: (-cost(rows), rows[0].index)):
+        work, rank = heapq.heappop(load)
+        per_rank[rank].append(rows)
+        if len(per_rank[rank]) < count:
+            heapq.heappush(load, (work + cost(rows), rank))
     for own in per_rank:
         own.extend([()] * (count - len(own)))
-    longest = len(ordered[0].tokens_S) if ordered else 1
-    lengths = tuple(
-        tuple(
-            _padded(longest if options.same_length or not rows else len(rows[0].tokens_S), options.length_multiple)
-            for rows in own
-        )
-        for own in per_rank
-    )
+    longest = max((_length(rows, options) for rows in filled), default=0)
+
+    def padded_length(rows: Rows) -> int:
+        own = longest if options.same_length or not rows else _length(rows, options)
+        return _padded(max(1, own), options.length_multiple)
+
+    lengths = tuple(tuple(padded_length(rows) for rows in own) for own in per_rank)
     return Plan(rows=tuple(tuple(own) for own in per_rank), lengths=lengths)
+
+
+def _microbatch_cost(options: PlanOptions) -> Callable[[Rows], float]:
+    if options.packed:
+        return lambda rows: sum(options.cost(row) for row in rows)
+    return lambda rows: len(rows) * max(options.cost(row) for row in rows)
+
+
+def _length(rows: Rows, options: PlanOptions) -> int:
+    lengths = [options.row_length(row) for row in rows]
+    return sum(lengths) if options.packed else max(lengths)
 
 
 def _padded(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
-
-
-def build_microbatches(plan: Plan, options: PlanOptions, *, rank: int) -> list[Microbatch]:
-    """The tensors of one data-parallel rank's microbatches, each [rows, length], rows <= micro_batch_size."""
-    fullest = max(1, *(len(rows) for own in plan.rows for rows in own))
-    return [
-        _padded_microbatch(
-            rows,
-            # A short microbatch still has all its rows where pipeline messages have one shape per step.
-            num_rows=fullest if options.same_length else max(1, len(rows)),
-            length=length,
-            pad_token=options.pad_token,
-        )
-        for rows, length in zip(plan.rows[rank], plan.lengths[rank])
-    ]
-
-
-def _padded_microbatch(rows: Sequence[ResponseRow], *, num_rows: int, length: int, pad_token: int) -> Microbatch:
-    tokens_BS = torch.full((num_rows, length), pad_token, dtype=torch.int64)
-    hidden_positions, targets, owners = [], [], []
-    for b, row in enumerate(rows):
-        tokens_S = torch.from_numpy(row.tokens_S.astype("int64"))
-        positions_T = torch.from_numpy(row.target_positions_T)
-        tokens_BS[b, : len(tokens_S)] = tokens_S
-        # Megatron's hidden states are [S, B, H]; the state at t - 1 predicts the token at t.
-        hidden_positions.append((positions_T - 1) * num_rows + b)
-        targets.append(tokens_S[positions_T])
-        owners.append(torch.full_like(positions_T, b))
-    none = torch.empty(0, dtype=torch.int64)
-    return Microbatch(
-        tokens_BS=tokens_BS,
-        position_ids_BS=torch.arange(length).expand(num_rows, length).contiguous(),
-        hidden_positions_T=torch.cat(hidden_positions or [none]),
-        targets_T=torch.cat(targets or [none]),
-        owners_T=torch.cat(owners or [none]),
-        responses_r=torch.tensor([row.index for row in rows], dtype=torch.int64),
-    )

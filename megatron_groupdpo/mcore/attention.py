@@ -1,9 +1,12 @@
 """Core attention of the local layer spec, on PyTorch's scaled dot-product attention.
 
-Replaces Megatron's ``DotProductAttention``, which materialises [B, heads, S, S] and refuses packed sequences.
-Transformer Engine's layer spec brings its own and does not use this.
+Replaces Megatron's ``DotProductAttention``, which materialises [B, heads, S, S] and refuses packed sequences and
+context parallelism. Transformer Engine's layer spec brings its own and does not use this.
 
-Shapes in this file: N heads of this rank, M key-value heads of this rank, D head size.
+Under context parallelism the keys and values of all ranks are gathered, and each rank attends with its own queries.
+
+Shapes in this file: N heads of this rank, M key-value heads of this rank, D head size; S the positions of this rank, A
+those of all context-parallel ranks.
 """
 
 from __future__ import annotations
@@ -13,11 +16,15 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_groupdpo.mcore.context_parallel import gather_keys
+from megatron_groupdpo.sequence_shards import positions_of_rank
 
 
 class SdpaAttention(torch.nn.Module):
@@ -36,9 +43,10 @@ class SdpaAttention(torch.nn.Module):
         **_: object,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "context parallelism needs an attention that exchanges keys"
         assert not config.attention_dropout, "both passes must see one function: dropout is refused before"
         self.attn_mask_type = attn_mask_type
+        self.cp_size = config.context_parallel_size
+        self.cp_group: Any = parallel_state.get_context_parallel_group() if self.cp_size > 1 else None
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
@@ -60,30 +68,56 @@ class SdpaAttention(torch.nn.Module):
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
         mask_type = attn_mask_type or self.attn_mask_type
-        # One query against a cache is decoding: it may see everything that is there.
-        is_causal = mask_type != AttnMaskType.no_mask and query.shape[0] > 1
+        mask_SA = None
+        if self.cp_size > 1:
+            mask_SA = self._causal_mask(query.shape[0] * self.cp_size, query.device)
+            key, value = gather_keys(key, self.cp_group), gather_keys(value, self.cp_group)
         context_BNSD = self._attend(
-            query.permute(1, 2, 0, 3), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), is_causal=is_causal
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            # One query against a cache is decoding: it may see everything that is there.
+            is_causal=mask_SA is None and mask_type != AttnMaskType.no_mask and query.shape[0] > 1,
+            mask_SA=mask_SA,
         )
         return context_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
         """Block-diagonal causal attention, one sequence at a time: exact, and no [total, total] mask."""
         assert packed.cu_seqlens_q is not None
-        bounds = packed.cu_seqlens_q.tolist()
+        bounds = [bound // self.cp_size for bound in packed.cu_seqlens_q.tolist()]
+        if self.cp_size > 1:
+            # [size, total / size, M, D]: a sequence is the same slice of every rank's part.
+            key, value = (gather_keys(t, self.cp_group).unflatten(0, (self.cp_size, -1)) for t in (key, value))
         contexts = []
         for start, end in pairwise(bounds):
-            q, k, v = (t[start:end].transpose(0, 1).unsqueeze(0) for t in (query, key, value))
-            contexts.append(self._attend(q, k, v, is_causal=True)[0].transpose(0, 1).flatten(1))
+            mask_SA = None
+            q_SND = query[start:end]
+            if self.cp_size > 1:
+                mask_SA = self._causal_mask((end - start) * self.cp_size, query.device)
+                k_AMD, v_AMD = (t[:, start:end].flatten(0, 1) for t in (key, value))
+            else:
+                k_AMD, v_AMD = key[start:end], value[start:end]
+            q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_SND, k_AMD, v_AMD))
+            context_NSD = self._attend(q, k, v, is_causal=mask_SA is None, mask_SA=mask_SA)[0]
+            contexts.append(context_NSD.transpose(0, 1).flatten(1))
         return torch.cat(contexts)
 
-    def _attend(self, q_BNSD: Tensor, k_BMSD: Tensor, v_BMSD: Tensor, *, is_causal: bool) -> Tensor:
-        repeats = q_BNSD.shape[1] // k_BMSD.shape[1]
+    def _causal_mask(self, length: int, device: torch.device) -> Tensor:
+        """[S, A] bool: which of the gathered keys of one sequence each query of this rank may see."""
+        positions_A = torch.cat([positions_of_rank(length, rank, self.cp_size) for rank in range(self.cp_size)])
+        positions_S = positions_of_rank(length, self.cp_group.rank(), self.cp_size)
+        return (positions_S[:, None] >= positions_A[None, :]).to(device)
+
+    def _attend(
+        self, q_BNSD: Tensor, k_BMAD: Tensor, v_BMAD: Tensor, *, is_causal: bool, mask_SA: Tensor | None
+    ) -> Tensor:
+        repeats = q_BNSD.shape[1] // k_BMAD.shape[1]
         # The CPU kernels take equal head counts only; the CUDA ones read grouped heads in place.
         grouped = repeats > 1 and q_BNSD.is_cuda
         if repeats > 1 and not grouped:
-            k_BMSD = k_BMSD.repeat_interleave(repeats, dim=1)
-            v_BMSD = v_BMSD.repeat_interleave(repeats, dim=1)
+            k_BMAD = k_BMAD.repeat_interleave(repeats, dim=1)
+            v_BMAD = v_BMAD.repeat_interleave(repeats, dim=1)
         return scaled_dot_product_attention(
-            q_BNSD, k_BMSD, v_BMSD, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
+            q_BNSD, k_BMAD, v_BMAD, attn_mask=mask_SA, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
         )

@@ -25,7 +25,8 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_groupdpo.engine import ResponseWeights
+from megatron_groupdpo.engine import MicrobatchLoss
+from megatron_groupdpo.mcore.context_parallel import sum_over_ranks
 from megatron_groupdpo.mcore.logprobs import selected_logprobs
 from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.types import Microbatch
@@ -65,15 +66,15 @@ class MegatronEngine:
         return self._gather(parts, num_responses)
 
     def backward(
-        self, microbatches: Sequence[Microbatch], num_responses: int, weights: ResponseWeights | None
+        self, microbatches: Sequence[Microbatch], num_responses: int, loss: MicrobatchLoss | None
     ) -> Tensor | None:
-        """See :class:`Engine`. One forward-backward schedule call; each response is a weighted likelihood."""
+        """See :class:`Engine`. One forward-backward schedule call."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
             # The float32 optimizer hangs views of the buffers on param.grad; left there, autograd would add into them
             # and Megatron's hook would then count the gradient twice.
             chunk.zero_grad(set_to_none=True)
-        parts = self._run(microbatches, _WeightedLogProbs(weights, cp_group=self.ranks.cp_group), forward_only=False)
+        parts = self._run(microbatches, _Differentiated(loss, cp_group=self.ranks.cp_group), forward_only=False)
         return self._gather(parts, num_responses)
 
     def _run(
@@ -83,6 +84,8 @@ class MegatronEngine:
         assert microbatches, "a schedule needs at least one microbatch"
         iterators: list[Iterator[Microbatch]] = [iter(microbatches) for _ in self.chunks]
         shape_BS = microbatches[0].tokens_BS.shape
+        # Megatron takes the length before context and sequence parallelism divide it.
+        seq_length = shape_BS[1] * self.ranks.cp_group.size()
 
         def forward_step(iterator: Iterator[Microbatch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
             microbatch = next(iterator)
@@ -93,7 +96,7 @@ class MegatronEngine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks,
             num_microbatches=len(microbatches),
-            seq_length=shape_BS[1],
+            seq_length=seq_length,
             micro_batch_size=shape_BS[0],
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
@@ -174,19 +177,18 @@ def _collect(microbatch: Microbatch, logps_T: Tensor, non_loss_data: bool) -> tu
     return _sum_per_response(microbatch, logps_T)
 
 
-class _WeightedLogProbs:
-    """Loss function of the backward pass: ``sum_r weight_r * logp_r``, one scalar per response."""
+class _Differentiated:
+    """Loss function of the backward pass, in the form Megatron's schedules take."""
 
-    def __init__(self, weights: ResponseWeights | None, *, cp_group: dist.ProcessGroup) -> None:
-        self.weights = weights
+    def __init__(self, loss: MicrobatchLoss | None, *, cp_group: dist.ProcessGroup) -> None:
+        self.loss = loss
         self.cp_group = cp_group
 
     def __call__(self, microbatch: Microbatch, logps_T: Tensor) -> Any:
-        assert self.weights is not None, "the last stage has the coefficients"
-        responses_r, logps_r = _sum_per_response(microbatch, logps_T)
-        whole_r = logps_r.detach().clone()
-        if self.cp_group.size() > 1:
-            dist.all_reduce(whole_r, group=self.cp_group)
-        surrogate = (self.weights(responses_r, whole_r) * logps_r).sum().float()
+        assert self.loss is not None, "the last stage has the coefficients"
+        responses_r, part_r = _sum_per_response(microbatch, logps_T)
+        # Each context-parallel rank has some of a response's tokens; the loss is of the whole response.
+        logps_r = sum_over_ranks(part_r, self.cp_group) if self.cp_group.size() > 1 else part_r
+        loss = self.loss(responses_r, logps_r).float()
         no_count = torch.zeros((), dtype=torch.int, device=logps_T.device)
-        return surrogate, no_count, (responses_r, logps_r.detach())
+        return loss, no_count, (responses_r, part_r.detach())

@@ -68,6 +68,7 @@ def _on_host(factory: Any) -> Any:
     def build(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)  # asked for on its way to a GPU; torch refuses it where there is none
         return factory(*args, **kwargs)
 
     return build

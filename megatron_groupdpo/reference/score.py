@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_groupdpo.data.batch import build_batch
-from megatron_groupdpo.data.planner import PlanOptions, build_microbatches, plan_batch
+from megatron_groupdpo.data.microbatches import build_microbatches
+from megatron_groupdpo.data.planner import PlanOptions, plan_batch
 from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.errors import DataError, UserError
 from megatron_groupdpo.mcore.policy import Policy
@@ -62,7 +63,12 @@ def score_store(
             group_keys_G=torch.zeros(len(samples), dtype=torch.int64),
             needs_pass=lambda given: given["labels_GK"] != 0,
         )
-        microbatches = build_microbatches(plan_batch(batch, plan), plan, rank=policy.ranks.dp_group.rank())
+        microbatches = build_microbatches(
+            plan_batch(batch, plan),
+            plan,
+            rank=policy.ranks.dp_group.rank(),
+            context_rank=policy.ranks.cp_group.rank(),
+        )
         logps_R = policy.engine.score(microbatches, batch.num_responses)
         bad = torch.zeros((), dtype=torch.int64, device=policy.ranks.device)
         if logps_R is not None:

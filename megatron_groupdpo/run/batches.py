@@ -11,7 +11,8 @@ import torch
 from megatron_groupdpo import objectives
 from megatron_groupdpo.data.batch import build_batch
 from megatron_groupdpo.data.dataset import GroupDataset
-from megatron_groupdpo.data.planner import PlanOptions, build_microbatches, plan_batch
+from megatron_groupdpo.data.microbatches import build_microbatches
+from megatron_groupdpo.data.planner import PlanOptions, plan_batch, plan_whole_groups
 from megatron_groupdpo.data.sampler import GroupSampler
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.step.coefficients import LossOptions
@@ -42,6 +43,7 @@ class BatchSource:
         loss: LossOptions,
         plan: PlanOptions,
         data_parallel_rank: int,
+        context_parallel_rank: int = 0,
         seed: int,
         shuffle: bool,
         reference: ReferenceLogProbs | None,
@@ -51,6 +53,7 @@ class BatchSource:
         self.loss = loss
         self.plan = plan
         self.data_parallel_rank = data_parallel_rank
+        self.context_parallel_rank = context_parallel_rank
         self.seed = seed
         self.sampler = GroupSampler(len(self.group_ids), seed=seed, shuffle=shuffle)
         self.reference = reference
@@ -67,16 +70,22 @@ class BatchSource:
             ]
         )
         batch = build_batch(samples, group_keys_G=keys_G, needs_pass=self._needs_pass)
-        plan = plan_batch(batch, self.plan)
         ref_logps_R = np.zeros(batch.num_responses)
         if self.reference is not None:
             ref_logps_R = self.reference[batch.response_ids_R.numpy()]
         return PlannedBatch(
             batch=batch,
-            microbatches=build_microbatches(plan, self.plan, rank=self.data_parallel_rank),
+            microbatches=self.microbatches(batch),
             ref_logps_R=torch.from_numpy(ref_logps_R),
             num_tokens=sum(len(row.tokens_S) for row in batch.rows),
             group_ids=ids,
+        )
+
+    def microbatches(self, batch: GroupBatch, *, whole_groups: bool = False) -> list[Microbatch]:
+        """This rank's microbatches; with ``whole_groups`` each holds one group, for a loss that is not decoupled."""
+        plan = plan_whole_groups(batch, self.plan) if whole_groups else plan_batch(batch, self.plan)
+        return build_microbatches(
+            plan, self.plan, rank=self.data_parallel_rank, context_rank=self.context_parallel_rank
         )
 
     def once(self, num_groups: int, *, limit: int | None = None) -> Iterator[PlannedBatch]:

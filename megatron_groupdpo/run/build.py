@@ -17,7 +17,7 @@ from megatron_groupdpo.config import (
     train_iters,
 )
 from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
-from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.data.planner import plan_options
 from megatron_groupdpo.data.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
 from megatron_groupdpo.mcore.checkpoint import (
@@ -35,6 +35,7 @@ from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.run.batches import BatchSource
 from megatron_groupdpo.run.checks import check_outputs, check_source
+from megatron_groupdpo.run.flops import attention_cost
 from megatron_groupdpo.step.coefficients import LossOptions
 
 
@@ -139,22 +140,6 @@ def with_vocabulary(model: ModelConfig, tokenizer_size: int) -> ModelConfig:
     return model
 
 
-def plan_options(config: TrainConfig, ranks: Ranks, pad_token: int = 0) -> PlanOptions:
-    """What the layout asks of microbatches."""
-    parallel = config.parallel
-    assert config.training.micro_batch_size is not None
-    pipelined = parallel.pipeline_model_parallel_size > 1
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    return PlanOptions(
-        micro_batch_size=config.training.micro_batch_size,
-        data_parallel_size=ranks.dp_group.size(),
-        microbatch_multiple=parallel.pipeline_model_parallel_size if interleaved else 1,
-        length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-        same_length=pipelined,
-        pad_token=pad_token,
-    )
-
-
 def _open_data(config: TrainConfig) -> tuple[GroupDataset, GroupDataset | None]:
     data = config.data
     train_data = GroupDataset.open(data.data_path)
@@ -247,7 +232,13 @@ def _sources(
     valid_data: GroupDataset | None,
 ) -> tuple[BatchSource, BatchSource | None]:
     train_ids, held_out_ids = split_by_prompt(train_data, config.data.valid_fraction)
-    plan = plan_options(config, ranks)
+    plan = plan_options(
+        config.parallel,
+        data_parallel_size=ranks.dp_group.size(),
+        micro_batch_size=config.training.micro_batch_size,
+        max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
+        attention_cost=attention_cost(policy.model),
+    )
 
     def source(dataset: GroupDataset, group_ids: object, *, shuffle: bool) -> BatchSource:
         return BatchSource(
@@ -256,6 +247,7 @@ def _sources(
             loss=loss,
             plan=plan,
             data_parallel_rank=ranks.dp_group.rank(),
+            context_parallel_rank=ranks.cp_group.rank(),
             seed=config.training.seed,
             shuffle=shuffle,
             reference=open_reference(config, dataset),

@@ -19,6 +19,12 @@ def print_start(run: Run, first: PlannedBatch) -> None:
         f" x CP {parallel.context_parallel_size} x DP {run.ranks.dp_group.size()}"
     )
     chunks = parallel.virtual_pipeline_model_parallel_size
+    training = config.training
+    each = (
+        f"of {training.micro_batch_size} responses"
+        if training.max_tokens_per_microbatch is None
+        else f"of at most {training.max_tokens_per_microbatch} packed tokens"
+    )
     extras = [
         name
         for name, on in (
@@ -36,7 +42,7 @@ def print_start(run: Run, first: PlannedBatch) -> None:
         f"data        {len(run.train.group_ids):,} groups to train on"
         + (f", {len(run.valid.group_ids):,} to validate" if run.valid is not None else ""),
         f"batch       {batch.num_groups} groups = {batch.num_responses} responses = {first.num_tokens:,} tokens in "
-        f"{len(first.microbatches)} microbatches of {config.training.micro_batch_size} on each data-parallel rank"
+        f"{len(first.microbatches)} microbatches {each} on each data-parallel rank"
         " (first batch)",
         f"objective   {loss.objective}: {equation}",
         f"            beta {loss.beta}, {'mean' if loss.score_average else 'summed'} log-probs, NLL x {loss.nll_coeff}"

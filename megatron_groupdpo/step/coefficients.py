@@ -74,9 +74,7 @@ def group_loss(logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options:
         options: the loss.
     """
     device = logps_R.device
-    # A response whose tokens are all masked counts none of them: its log-probability and score are 0, not 0/0.
-    counts_R = batch.num_tokens_R.to(device, torch.float64).clamp_min(1)
-    scale_R = options.beta / counts_R if options.score_average else torch.full_like(counts_R, options.beta)
+    scale_R = _score_scale(batch, options, device)
     scores_R = scale_R * (logps_R - ref_logps_R)
 
     scores_GK = batch.to_groups(scores_R)
@@ -98,6 +96,24 @@ def group_loss(logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options:
         scores_R=scores_R,
         weights_R=weights_R - options.nll_coeff * nll_weights_R,
     )
+
+
+def coupled_loss(logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options: LossOptions) -> Tensor:
+    """L as one differentiable function of ``logps_R``: the loss :func:`group_loss` takes apart. Arguments as there."""
+    scores_R = _score_scale(batch, options, logps_R.device) * (logps_R - ref_logps_R)
+    given = objective_arguments(batch, options, logps_R.device)
+    loss_G = objectives.group_loss(options.objective, batch.to_groups(scores_R), **given)
+    active_G = objectives.active_groups(options.objective, **given)
+    preference_loss = loss_G.sum() / active_G.sum().clamp_min(1)
+    nll_loss = (_nll_weights(batch, options, active_G, given) * -logps_R).sum()
+    return preference_loss + options.nll_coeff * nll_loss
+
+
+def _score_scale(batch: GroupBatch, options: LossOptions, device: torch.device) -> Tensor:
+    """[R] float64: a response's score is this times its log-ratio."""
+    # A response whose tokens are all masked counts none of them: its log-probability and score are 0, not 0/0.
+    counts_R = batch.num_tokens_R.to(device, torch.float64).clamp_min(1)
+    return options.beta / counts_R if options.score_average else torch.full_like(counts_R, options.beta)
 
 
 def objective_arguments(batch: GroupBatch, options: LossOptions, device: torch.device) -> dict[str, Any]:

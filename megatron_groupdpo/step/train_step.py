@@ -38,9 +38,8 @@ def accumulate_gradient(
     num_responses = batch.num_responses
     if objectives.get_objective(options.objective).separable:
         # c_i depends on s_i alone, and pass 2 computes s_i anyway: no scoring pass.
-        logps_R = engine.backward(
-            microbatches, num_responses, _OwnWeights(batch=batch, ref_logps_R=ref_logps_R, options=options)
-        )
+        likelihood = _SeparableLikelihood(batch=batch, ref_logps_R=ref_logps_R, options=options)
+        logps_R = engine.backward(microbatches, num_responses, likelihood)
         if logps_R is None:
             return None
         ref_logps_R = ref_logps_R.to(logps_R.device)
@@ -53,25 +52,25 @@ def accumulate_gradient(
         return None
     ref_logps_R = ref_logps_R.to(logps_R.device)
     result = group_loss(logps_R, ref_logps_R, batch, options)
-    again_R = engine.backward(microbatches, num_responses, _FixedWeights(result.weights_R))
+    again_R = engine.backward(microbatches, num_responses, _WeightedLikelihood(result.weights_R))
     assert again_R is not None
     drift = _drift(logps_R, again_R, batch, options)
     return StepResult(result=result, logps_R=logps_R, ref_logps_R=ref_logps_R, score_drift=drift)
 
 
-class _FixedWeights:
-    """The weights of the scoring pass, looked up."""
+class _WeightedLikelihood:
+    """``sum_r k_r * logp_r`` with the weights of the scoring pass: each response is on its own."""
 
     def __init__(self, weights_R: Tensor) -> None:
         self.weights_R = weights_R
 
     def __call__(self, responses_r: Tensor, logps_r: Tensor) -> Tensor:
-        return self.weights_R[responses_r]
+        return (self.weights_R[responses_r] * logps_r).sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _OwnWeights:
-    """Weights of a separable objective, from the log-probabilities of the very pass that differentiates them."""
+class _SeparableLikelihood:
+    """The same, with weights from the log-probabilities of the very pass that differentiates them."""
 
     batch: GroupBatch
     ref_logps_R: Tensor
@@ -80,8 +79,9 @@ class _OwnWeights:
     def __call__(self, responses_r: Tensor, logps_r: Tensor) -> Tensor:
         ref_logps_R = self.ref_logps_R.to(logps_r.device)
         # The other responses' entries do not matter: no weight depends on another response's score.
-        logps_R = ref_logps_R.clone().index_copy_(0, responses_r, logps_r.double())
-        return group_loss(logps_R, ref_logps_R, self.batch, self.options).weights_R[responses_r]
+        logps_R = ref_logps_R.clone().index_copy_(0, responses_r, logps_r.detach())
+        weights_R = group_loss(logps_R, ref_logps_R, self.batch, self.options).weights_R
+        return (weights_R[responses_r] * logps_r).sum()
 
 
 def _drift(logps_R: Tensor, again_R: Tensor, batch: GroupBatch, options: LossOptions) -> float:

@@ -43,6 +43,10 @@ class LayoutCase:
     parallel: Mapping[str, Any] = field(default_factory=dict)
     precision: Mapping[str, Any] = field(default_factory=dict)
     micro_batch_size: int = 2
+    max_tokens_per_microbatch: int | None = None
+    """Packed, instead of ``micro_batch_size`` padded responses."""
+    coupled: bool = False
+    """One graph a group instead of the two passes."""
     loss: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the loss options that differ from :data:`LOSS`."""
     optimizer: Mapping[str, Any] = field(default_factory=dict)

@@ -14,13 +14,14 @@ from group_samples import make_samples, reference_logps
 from layout_case import MODELS, VOCAB_SIZE, LayoutCase
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.data.planner import plan_options
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
 from megatron_groupdpo.run.batches import BatchSource
 from megatron_groupdpo.step.coefficients import LossOptions
+from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
 from megatron_groupdpo.step.train_step import accumulate_gradient
 
 
@@ -74,9 +75,12 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
     losses, logps, grad_norms = [], [], []
     for step in range(case.num_steps):
         planned = source.batch(step * case.num_groups, case.num_groups)
-        outcome = accumulate_gradient(
-            policy.engine, planned.microbatches, planned.batch, planned.ref_logps_R, source.loss
-        )
+        given = (planned.batch, planned.ref_logps_R, source.loss)
+        if case.coupled:
+            accumulate_coupled_gradient(policy.engine, source.microbatches(given[0], whole_groups=True), *given)
+            outcome = None
+        else:
+            outcome = accumulate_gradient(policy.engine, planned.microbatches, *given)
         if step == 0:
             with gradients_in_place_of_weights(policy):
                 gradient = collect(policy)
@@ -108,13 +112,13 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
 def batch_source(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> BatchSource:
     """The groups of :func:`make_samples` in their order, step after step."""
     samples = make_samples(case.num_groups * case.num_steps)
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    plan = PlanOptions(
-        micro_batch_size=case.micro_batch_size,
+    packed = case.max_tokens_per_microbatch is not None
+    plan = plan_options(
+        parallel,
         data_parallel_size=ranks.dp_group.size(),
-        microbatch_multiple=parallel.pipeline_model_parallel_size if interleaved else 1,
-        length_multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
-        same_length=parallel.pipeline_model_parallel_size > 1,
+        micro_batch_size=None if packed else case.micro_batch_size,
+        max_tokens_per_microbatch=case.max_tokens_per_microbatch,
+        attention_cost=0.01,
         pad_token=3,
     )
     return BatchSource(
@@ -123,6 +127,7 @@ def batch_source(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> Ba
         loss=LossOptions(**case.loss_options),
         plan=plan,
         data_parallel_rank=ranks.dp_group.rank(),
+        context_parallel_rank=ranks.cp_group.rank(),
         seed=0,
         shuffle=False,
         reference=reference_logps(samples),  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from group_samples import make_samples
 from layout_case import MODELS, LayoutCase
 from layout_run import RankResult, run_case, whole_tensors
 from one_graph import OneGraphLoss
-from parity import PP2, SP, TP2, VPP2, expected_of, graph_and_gradient, relative_gap, weights_of, worst_entry
+from parity import CP2, PP2, SP, TP2, VPP2, expected_of, graph_and_gradient, relative_gap, weights_of, worst_entry
 from rank_pool import RankPool
 
 OBJECTIVES = ("all_pairs", "mpo", "softmax", "margin", "dpo", "sft")
@@ -32,7 +32,8 @@ def check_gradient(pool: RankPool, case: LayoutCase) -> None:
     found = whole_tensors([r.gradient for r in results], replicas_agree_to=1e-6)
     assert relative_gap(found, gradient) <= TOLERANCE
     assert worst_entry(found, gradient) <= (TOLERANCE, "")
-    check_losses(results, graph, case)
+    if not case.coupled:
+        check_losses(results, graph, case)
 
 
 def check_losses(results: list[RankResult], graph: OneGraphLoss, case: LayoutCase) -> None:
@@ -100,6 +101,13 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2-VPP2xDP2-overlap": (4, {**PP2, **VPP2, "overlap_grad_reduce": True}),
     "DP4": (4, {}),
     "PP4": (4, {"pipeline_model_parallel_size": 4}),
+    "TP4": (4, {"tensor_model_parallel_size": 4}),
+    "CP2": (2, CP2),
+    "CP2xDP2": (4, CP2),
+    "CP4": (4, {"context_parallel_size": 4}),
+    "TP2xCP2-sequence-parallel": (4, {**TP2, **CP2, **SP}),
+    "PP2xCP2": (4, {**PP2, **CP2}),
+    "PP2-VPP2xCP2": (4, {**PP2, **VPP2, **CP2}),
 }
 
 
@@ -114,6 +122,45 @@ def test_gradient_is_the_same_on_every_layout(pool: RankPool, layout: str, model
 def test_gradient_does_not_depend_on_the_micro_batch_size(pool: RankPool, micro_batch_size: int):
     check_gradient(pool, LayoutCase(micro_batch_size=micro_batch_size))
     check_gradient(pool, LayoutCase(num_ranks=4, parallel=PP2, micro_batch_size=micro_batch_size))
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP2-sequence-parallel", "PP2-VPP2", "DP2", "PP2xCP2"])
+@pytest.mark.parametrize("max_tokens", [None, 100], ids=["padded", "packed"])
+@pytest.mark.parametrize("objective", ["all_pairs", "nca"])
+def test_the_coupled_backward_that_checks_and_benchmarks_use_has_the_gradient(
+    pool: RankPool, layout: str, max_tokens: int | None, objective: str
+):
+    num_ranks, parallel = LAYOUTS.get(layout, (1, {}))
+    loss = {"objective": objective}
+    check_gradient(
+        pool,
+        LayoutCase(
+            num_ranks=num_ranks, parallel=parallel, loss=loss, max_tokens_per_microbatch=max_tokens, coupled=True
+        ),
+    )
+
+
+PACKED = (
+    "one rank",
+    "TP2-sequence-parallel",
+    "PP2-VPP2",
+    "DP4",
+    "CP2",
+    "TP2xCP2-sequence-parallel",
+    "PP2xCP2",
+    "CP2xDP2",
+)
+
+
+@pytest.mark.parametrize("layout", PACKED)
+@pytest.mark.parametrize("model", ["llama", "gpt"])
+@pytest.mark.parametrize("max_tokens", [32, 100])
+def test_gradient_does_not_depend_on_packing(pool: RankPool, layout: str, model: str, max_tokens: int):
+    num_ranks, parallel = LAYOUTS.get(layout, (1, {}))
+    check_gradient(
+        pool,
+        LayoutCase(num_ranks=num_ranks, parallel=parallel, model=model, max_tokens_per_microbatch=max_tokens),
+    )
 
 
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}

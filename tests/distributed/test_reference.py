@@ -22,7 +22,7 @@ LAYOUTS = {
 def score_on_rank(checkpoint: str, store: str, folder: str, layout: dict[str, int]) -> int:
     """``score_store`` as the tool calls it; how many groups were scored before."""
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-    from megatron_groupdpo.data.planner import PlanOptions
+    from megatron_groupdpo.data.planner import plan_options
     from megatron_groupdpo.data.store import TokenStore
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
@@ -34,9 +34,7 @@ def score_on_rank(checkpoint: str, store: str, folder: str, layout: dict[str, in
 
     try:
         policy = load_policy(Path(checkpoint), parallel, PrecisionConfig(), ranks)
-        plan = PlanOptions(
-            micro_batch_size=3, data_parallel_size=ranks.dp_group.size(), same_length=ranks.pp_group.size() > 1
-        )
+        plan = plan_options(parallel, data_parallel_size=ranks.dp_group.size(), micro_batch_size=3)
         opened = TokenStore.open(store)
         score_store(
             policy,

@@ -58,7 +58,7 @@ REFUSED = [
         ("num_layers (4)", "(2) x virtual chunks (4)"),
     ),
     ({"virtual_pipeline_model_parallel_size": 2}, 1, ("virtual_pipeline", "(1) >= 2; leave it out")),
-    ({"context_parallel_size": 2, "seq_length": 101}, 2, ("seq_length (101)", "context_parallel_size (4); try 100")),
+    ({"context_parallel_size": 2, "seq_length": 101}, 2, ("seq_length (101)", "multiple of 4", "try 104")),
     ({"hidden_size": 66}, 1, ("hidden_size (66)", "num_attention_heads (4)", "kv_channels")),
     ({"num_query_groups": 3}, 1, ("num_attention_heads (4)", "num_query_groups (3); choose")),
     ({"attention_dropout": 0.1}, 1, ("attention_dropout must be 0, it is 0.1", "remove it")),
@@ -92,6 +92,16 @@ REFUSED = [
         ("'sft' is the NLL alone", "set nll_coeff to 1"),
     ),
     ({"micro_batch_size": None}, 1, ("exactly one of micro_batch_size (not given)",)),
+    (
+        {"max_tokens_per_microbatch": 99, "micro_batch_size": None, "seq_length": 100},
+        1,
+        ("max_tokens_per_microbatch (99)", "seq_length (100)"),
+    ),
+    (
+        {"sequence_parallel": True, "tensor_model_parallel_size": 2, "seq_length": 101},
+        2,
+        ("seq_length (101)", "try 102"),
+    ),
     ({"max_tokens_per_microbatch": 512}, 1, ("exactly one of micro_batch_size (2)", "(512)")),
     ({"train_samples": 10}, 1, ("exactly one of train_iters (100) and train_samples (10)",)),
     ({"train_iters": None}, 1, ("exactly one of train_iters (not given)",)),
@@ -159,14 +169,12 @@ def test_all_problems_are_told_at_once():
 
 # Otherwise sound, so that the refusal is the only problem.
 UNBUILT = {
-    "parallel.context_parallel_size": {"context_parallel_size": 2},
     "parallel.virtual_pipeline_model_parallel_size": {
         "virtual_pipeline_model_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
     },
     "parallel.expert_model_parallel_size": {"expert_model_parallel_size": 2},
     "precision.fp8_format": {"fp8_format": "hybrid", "fp8_recipe": "tensorwise", "bf16": True},
-    "training.max_tokens_per_microbatch": {"max_tokens_per_microbatch": 4096, "micro_batch_size": None},
     "objective.reference": {"reference": "resident", "reference_logprobs": None},
 }
 

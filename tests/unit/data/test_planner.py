@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data.planner import PlanOptions, build_microbatches, plan_batch
+from megatron_groupdpo.data.microbatches import build_microbatches
+from megatron_groupdpo.data.planner import PlanOptions, plan_batch, plan_whole_groups
 from megatron_groupdpo.types import GroupBatch, ResponseRow
 
 
@@ -106,7 +107,6 @@ def test_microbatches_point_at_the_states_that_predict_the_targets(
             num_rows, fullest = len(microbatch.tokens_BS), min(options.micro_batch_size, max(1, len(lengths)))
             assert num_rows == (fullest if options.same_length else max(1, microbatch.responses_r.numel()))
             assert microbatch.tokens_BS.shape == (num_rows, length)
-            assert microbatch.position_ids_BS.tolist() == [list(range(length))] * num_rows
             # Hidden states lie as [S, B, H]; take the next token of each as its "prediction".
             next_SB = microbatch.tokens_BS.T.roll(-1, dims=0)
             found_T = next_SB.flatten()[microbatch.hidden_positions_T]
@@ -116,6 +116,8 @@ def test_microbatches_point_at_the_states_that_predict_the_targets(
                 own_T = microbatch.targets_T[microbatch.owners_T == local]
                 assert own_T.tolist() == row.tokens_S[row.target_positions_T].tolist()
                 assert microbatch.tokens_BS[local, len(row.tokens_S) :].eq(options.pad_token).all()
+                assert microbatch.position_ids_BS[local, : len(row.tokens_S)].tolist() == list(range(len(row.tokens_S)))
+                assert not microbatch.position_ids_BS[local, len(row.tokens_S) :].any()
             assert microbatch.owners_T.numel() == sum(int(batch.num_tokens_R[r]) for r in microbatch.responses_r)
 
 
@@ -127,3 +129,94 @@ def test_long_responses_share_microbatches_with_long_ones():
 def test_no_rank_always_takes_the_longer_of_two_neighbours():
     plan = plan_batch(batch_of([40, 30, 20, 10]), PlanOptions(micro_batch_size=1, data_parallel_size=2))
     assert plan.lengths == ((40, 10), (30, 20))
+
+
+@st.composite
+def packed_options(draw: st.DrawFn) -> PlanOptions:
+    context = draw(st.sampled_from([1, 2, 3]))
+    step = (2 * context if context > 1 else 1) * draw(st.sampled_from([1, 2, 4]))
+    return PlanOptions(
+        max_tokens_per_microbatch=draw(st.integers(-(-40 // step) * step, 200)),
+        data_parallel_size=draw(st.integers(1, 5)),
+        context_parallel_size=context,
+        microbatch_multiple=draw(st.integers(1, 4)),
+        length_multiple=step,
+        same_length=draw(st.booleans()),
+        pad_token=9,
+        attention_cost=draw(st.sampled_from([0.0, 0.01, 1.0])),
+    )
+
+
+@settings(deadline=None)
+@given(lengths_of_responses, packed_options())
+def test_packing_places_every_response_once_within_the_budget(lengths: list[int], options: PlanOptions):
+    plan = plan_batch(batch_of(lengths), options)
+    assert sorted(row.index for own in plan.rows for rows in own for row in rows) == list(range(len(lengths)))
+    assert {len(own) for own in (*plan.rows, *plan.lengths)} == {plan.num_microbatches}
+    assert plan.num_microbatches % options.microbatch_multiple == 0
+    assert options.max_tokens_per_microbatch is not None
+    for own, own_lengths in zip(plan.rows, plan.lengths):
+        for rows, length in zip(own, own_lengths):
+            used = sum(options.row_length(row) for row in rows)
+            assert used <= length <= options.max_tokens_per_microbatch
+            assert length % options.length_multiple == 0
+            if rows and not options.same_length:
+                assert length < used + options.length_multiple, "no more padding than the multiple asks"
+    if options.same_length:
+        assert len({length for own in plan.lengths for length in own}) == 1
+    budget = options.max_tokens_per_microbatch // options.length_multiple * options.length_multiple
+    tokens = sum(-(-length // options.row_multiple) * options.row_multiple for length in lengths)
+    # Bins are over half full but for one, whatever the lengths.
+    bins = max(1, 2 * -(-tokens // budget))
+    assert plan.num_microbatches * options.data_parallel_size <= bins + options.data_parallel_size * (
+        options.microbatch_multiple
+    )
+
+
+@settings(deadline=None)
+@given(lengths_of_responses, packed_options(), st.integers(1, 5))
+def test_context_parallel_ranks_together_hold_every_token_and_target_once(
+    lengths: list[int], options: PlanOptions, num_targets: int
+):
+    batch = batch_of(lengths, num_targets)
+    plan = plan_batch(batch, options)
+    size = options.context_parallel_size
+    for rank in range(options.data_parallel_size):
+        parts = [build_microbatches(plan, options, rank=rank, context_rank=r) for r in range(size)]
+        for index, length in enumerate(plan.lengths[rank]):
+            own = [part[index] for part in parts]
+            assert all(microbatch.tokens_BS.shape == (1, length // size) for microbatch in own)
+            tokens = sorted(token for microbatch in own for token in microbatch.tokens_BS.flatten().tolist())
+            held = [t for r in own[0].responses_r.tolist() for t in batch.rows[r].tokens_S.tolist()]
+            assert tokens == sorted(held + [options.pad_token] * (length - len(held)))
+            for r_local, r in enumerate(own[0].responses_r.tolist()):
+                row = batch.rows[r]
+                pairs = []
+                for microbatch in own:
+                    mine_T = microbatch.owners_T == r_local
+                    states_T = microbatch.hidden_positions_T[mine_T]
+                    # The state's own token and position are those before the target.
+                    pairs += list(
+                        zip(
+                            microbatch.position_ids_BS[0, states_T].tolist(),
+                            microbatch.tokens_BS[0, states_T].tolist(),
+                            microbatch.targets_T[mine_T].tolist(),
+                        )
+                    )
+                wanted = [(t - 1, int(row.tokens_S[t - 1]), int(row.tokens_S[t])) for t in row.target_positions_T]
+                assert sorted(pairs) == sorted(wanted)
+
+
+@settings(deadline=None)
+@given(lengths_of_responses, packed_options())
+def test_whole_groups_are_one_microbatch_each(lengths: list[int], options: PlanOptions):
+    plan = plan_whole_groups(batch_of(lengths), options)
+    filled = [rows for own in plan.rows for rows in own if rows]
+    assert [sorted(row.index for row in rows) for rows in filled] == ([list(range(len(lengths)))] if lengths else [])
+
+
+def test_packing_shares_the_work_among_ranks_by_cost_not_by_count():
+    """One response of 40 weighs as much as many short ones where attention counts."""
+    options = PlanOptions(max_tokens_per_microbatch=48, data_parallel_size=2, attention_cost=1.0)
+    plan = plan_batch(batch_of([40, 8, 8, 8, 8, 8]), options)
+    assert [sorted(len(row.tokens_S) for rows in own for row in rows) for own in plan.rows] == [[40], [8] * 5]

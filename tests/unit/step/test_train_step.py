@@ -9,7 +9,7 @@ import torch
 from step_batches import make_batch, options, random_logps
 from torch import Tensor
 
-from megatron_groupdpo.engine import ResponseWeights
+from megatron_groupdpo.engine import MicrobatchLoss
 from megatron_groupdpo.step.coefficients import group_loss
 from megatron_groupdpo.step.train_step import accumulate_gradient
 from megatron_groupdpo.types import Microbatch
@@ -30,15 +30,18 @@ class TableEngine:
         return self.logps_R.clone() if self.has_output_layer else None
 
     def backward(
-        self, microbatches: Sequence[Microbatch], num_responses: int, weights: ResponseWeights | None
+        self, microbatches: Sequence[Microbatch], num_responses: int, loss: MicrobatchLoss | None
     ) -> Tensor | None:
         self.calls.append("backward")
         if not self.has_output_layer:
             return None
-        assert weights is not None
+        assert loss is not None
         again_R = self.logps_R + self.second_pass_adds
         for response in range(num_responses):  # one response a microbatch: no weight may need the others
-            self.gradient_R[response] = weights(torch.tensor([response]), again_R[response : response + 1])[0]
+            leaf_r = again_R[response : response + 1].clone().requires_grad_()
+            loss(torch.tensor([response]), leaf_r).backward()
+            assert leaf_r.grad is not None
+            self.gradient_R[response] = leaf_r.grad[0]
         return again_R
 
 
