@@ -7,7 +7,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-slow test-gpu clean
+.PHONY: help setup demo check test invariance test-slow test-gpu clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ check: setup  ## Format, lint and types
 
 test: setup check  ## check, then the unit tests and the multi-rank CPU tests
 	$(TEST_ENV) $(VENV)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+invariance: setup  ## The layout-invariance matrix as a table (ARGS=--full for every combination)
+	@OMP_NUM_THREADS=1 $(VENV)/python tests/distributed/matrix.py $(ARGS)
 
 test-slow: setup  ## The full product of cases
 	$(TEST_ENV) $(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)

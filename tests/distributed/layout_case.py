@@ -57,7 +57,17 @@ class LayoutCase:
     @property
     def loss_options(self) -> dict[str, Any]:
         """All keyword arguments of the loss options."""
-        return LOSS | dict(self.loss)
+        options = LOSS | dict(self.loss)
+        if options["objective"] == "ipo_pairs":  # its loss is in log-ratios, and the scores are beta times those
+            options["hyperparameters"] = {"beta": options["beta"]}
+        if options["objective"] == "simpo_pairs":
+            options["score_average"] = True
+        return options
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether scores are log-probabilities, not log-ratios."""
+        return self.loss_options["objective"] == "simpo_pairs"
 
 
 LOSS: dict[str, Any] = {

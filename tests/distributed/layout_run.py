@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from group_samples import make_samples, reference_logps
 from layout_case import MODELS, VOCAB_SIZE, LayoutCase
 
@@ -41,13 +42,16 @@ class RankResult:
 
     weights_before: list[Shard]
     gradient: list[Shard]
-    """After the reduction over ranks, before clipping; partial under the distributed optimizer."""
+    """After the reduction over ranks, before clipping."""
     weights_after: list[Shard]
     grad_norms: list[float]
     losses: list[dict[str, float]]
     """Per step, on ranks with the output layer."""
     logps: list[np.ndarray]
     """[R] per step, on ranks with the output layer."""
+    scores: list[np.ndarray]
+    coefficients: list[np.ndarray]
+    """[R] dL/dlogp, as scores."""
     digest_before: str
     digest_after: str
 
@@ -72,7 +76,7 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
     updater = Updater(optimizer, schedule)
     source = batch_source(case, parallel, ranks)
     weights_before, digest_before, gradient = collect(policy), policy.weights_digest(), []
-    losses, logps, grad_norms = [], [], []
+    losses, logps, scores, coefficients, grad_norms = [], [], [], [], []
     for step in range(case.num_steps):
         planned = source.batch(step * case.num_groups, case.num_groups)
         given = (planned.batch, planned.ref_logps_R, source.loss)
@@ -82,6 +86,8 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
         else:
             outcome = accumulate_gradient(policy.engine, planned.microbatches, *given)
         if step == 0:
+            if parallel.use_distributed_optimizer:
+                complete_gradients(policy)
             with gradients_in_place_of_weights(policy):
                 gradient = collect(policy)
         if outcome is not None:
@@ -95,6 +101,8 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
                 }
             )
             logps.append(outcome.logps_R.numpy().copy())
+            scores.append(result.scores_R.numpy().copy())
+            coefficients.append(result.weights_R.numpy().copy())
         if case.optimizer:
             grad_norms.append(updater.step(case.num_groups))
     return RankResult(
@@ -104,6 +112,8 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
         grad_norms=grad_norms,
         losses=losses,
         logps=logps,
+        scores=scores,
+        coefficients=coefficients,
         digest_before=digest_before,
         digest_after=policy.weights_digest(),
     )
@@ -130,7 +140,7 @@ def batch_source(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> Ba
         context_parallel_rank=ranks.cp_group.rank(),
         seed=0,
         shuffle=False,
-        reference=reference_logps(samples),  # type: ignore[arg-type]
+        reference=None if case.reference_free else reference_logps(samples),  # type: ignore[arg-type]
     )
 
 
@@ -171,6 +181,15 @@ def collect(policy: Policy) -> list[Shard]:
             values = shard.data.detach().float().reshape(shard.local_shape).numpy().copy()
             shards.append(Shard(name=name, offset=offset, whole_shape=shape, values=values))
     return shards
+
+
+def complete_gradients(policy: Policy) -> None:
+    """Under the distributed optimizer each rank has its part of the reduced gradient: bring the parts together."""
+    group = policy.ranks.dp_cp_group
+    for chunk in policy.chunks:
+        for bucket in (bucket for buffer in chunk.buffers for bucket in buffer.buckets):
+            own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from one_graph_phi import PHI, Group, Response, is_active, read_by, sides
 from torch import Tensor
 
 from megatron_groupdpo.types import GroupSample
@@ -97,17 +98,6 @@ def _mlp(x: Tensor, weights: Weights, model: Mapping[str, Any]) -> Tensor:
     return _linear(y, weights, "mlp.linear_fc2")
 
 
-@dataclass
-class _Response:
-    """One response in the graph."""
-
-    logp: Tensor
-    score: Tensor
-    num_tokens: int
-    positive: bool
-    value: float
-
-
 @dataclass(frozen=True)
 class OneGraphLoss:
     """The loss of a global batch, in the graph."""
@@ -117,6 +107,9 @@ class OneGraphLoss:
     nll_loss: Tensor
     logps: dict[int, Tensor]
     """Log-probability by response id, of every response of the batch."""
+    read: list[int]
+    """Ids of the responses that the loss reads, in the order of the data."""
+    scores: dict[int, Tensor]
 
 
 def coupled_loss(
@@ -127,7 +120,8 @@ def coupled_loss(
     options: Mapping[str, Any],
 ) -> OneGraphLoss:
     """``(1/B) sum_g phi_g + nll_coeff * NLL`` over the groups, all in one graph."""
-    groups, logps = [], {}
+    groups, logps, scores = [], {}, {}
+    reference_free = options["objective"] == "simpo_pairs"
     for sample in samples:
         group = []
         for k, tokens in enumerate(sample.response_tokens):
@@ -137,74 +131,43 @@ def coupled_loss(
             counted = [t for t in range(len(tokens)) if mask is None or mask[t]]
             logp = sum((table[first + t - 1, int(tokens[t])] for t in counted), table.new_zeros(()))
             response_id = sample.first_response_id + k
-            score = options["beta"] * (logp - float(ref_logps[response_id]))
+            score = options["beta"] * (logp - (0.0 if reference_free else float(ref_logps[response_id])))
             if options["score_average"]:
                 score = score / len(counted)
-            logps[response_id] = logp
-            group.append(_Response(logp, score, len(counted), bool(sample.labels_K[k] == 1), float(sample.values_K[k])))
+            logps[response_id], scores[response_id] = logp, score
+            group.append(Response(logp, score, len(counted), bool(sample.labels_K[k] == 1), float(sample.values_K[k])))
         groups.append(group)
-    active = [group for group in groups if _is_active(group, options["objective"])]
+    active = [group for group in groups if is_active(group, options["objective"])]
     zero = sum(logps.values(), torch.zeros((), dtype=torch.float64)) * 0
-    preference = sum((_phi(group, options["objective"]) for group in active), zero) / max(len(active), 1)
+    phi = PHI[options["objective"]]
+    preference = sum((phi(group, options["beta"]) for group in active), zero) / max(len(active), 1)
     nll = zero + _nll(groups if options["one_sided_nll"] else active, options)
-    return OneGraphLoss(preference + options["nll_coeff"] * nll, preference, nll, logps)
+    loss = preference + options["nll_coeff"] * nll
+    return OneGraphLoss(loss, preference, nll, logps, _read(samples, groups, options), scores)
 
 
-def _sides(group: Sequence[_Response]) -> tuple[list[_Response], list[_Response]]:
-    return [r for r in group if r.positive], [r for r in group if not r.positive]
+def _read(samples: Sequence[GroupSample], groups: Sequence[Group], options: Mapping[str, Any]) -> list[int]:
+    ids = []
+    for sample, group in zip(samples, groups):
+        if is_active(group, options["objective"]):
+            reads = read_by(group, options["objective"])
+        else:
+            chosen = _chosen(group, options)
+            reads = [options["one_sided_nll"] and any(r is c for c in chosen) for r in group]
+        ids += [sample.first_response_id + k for k, read in enumerate(reads) if read]
+    return ids
 
 
-def _is_active(group: Sequence[_Response], objective: str) -> bool:
-    positives, negatives = _sides(group)
-    if objective == "nca":
-        return len({r.value for r in group}) > 1
-    return bool(positives) if objective == "sft" else bool(positives and negatives)
+def _chosen(group: Group, options: Mapping[str, Any]) -> list[Response]:
+    """The positives whose likelihood the NLL term raises."""
+    positives = sides(group)[0]
+    if options["objective"] == "dpo" and positives:
+        return [max(positives, key=lambda r: r.value)]
+    return positives
 
 
-def _minus_log_sigmoid(x: Tensor) -> Tensor:
-    return (1 + (-x).exp()).log()
-
-
-def _phi(group: Sequence[_Response], objective: str) -> Tensor:
-    positives, negatives = _sides(group)
-    if objective == "all_pairs":
-        terms = [_minus_log_sigmoid(p.score - n.score) for p in positives for n in negatives]
-        return sum(terms[1:], terms[0]) / len(terms)
-    if objective == "mpo":
-        everything = sum(r.score.exp() for r in group)
-        return torch.as_tensor(everything).log() - torch.as_tensor(sum(p.score.exp() for p in positives)).log()
-    if objective == "softmax":
-        total = torch.zeros((), dtype=torch.float64)
-        for p in positives:
-            rivals = p.score.exp() + sum(n.score.exp() for n in negatives)
-            total = total + rivals.log() - p.score
-        return total / len(positives)
-    if objective == "margin":
-        mean_positive = sum(p.score for p in positives) / len(positives)
-        mean_negative = sum(n.score for n in negatives) / len(negatives)
-        return _minus_log_sigmoid(torch.as_tensor(mean_positive - mean_negative))
-    if objective == "dpo":
-        best, worst = max(positives, key=lambda r: r.value), min(negatives, key=lambda r: r.value)
-        return _minus_log_sigmoid(best.score - worst.score)
-    if objective == "group_bce":
-        positive_part = sum(_minus_log_sigmoid(p.score) for p in positives) / len(positives)
-        return torch.as_tensor(positive_part + sum(_minus_log_sigmoid(-n.score) for n in negatives) / len(negatives))
-    if objective == "nca":
-        exponentials = [math.exp(r.value) for r in group]
-        total = torch.zeros((), dtype=torch.float64)
-        for r, e in zip(group, exponentials):
-            total = total + e / sum(exponentials) * _minus_log_sigmoid(r.score)
-            total = total + _minus_log_sigmoid(-r.score) / len(group)
-        return total
-    assert objective == "sft"
-    return torch.zeros((), dtype=torch.float64)
-
-
-def _nll(groups: Sequence[Sequence[_Response]], options: Mapping[str, Any]) -> Tensor:
-    chosen = [_sides(group)[0] for group in groups]
-    if options["objective"] == "dpo":
-        chosen = [[max(positives, key=lambda r: r.value)] for positives in chosen if positives]
-    chosen = [positives for positives in chosen if positives]
+def _nll(groups: Sequence[Sequence[Response]], options: Mapping[str, Any]) -> Tensor:
+    chosen = [positives for group in groups if (positives := _chosen(group, options))]
     total = torch.zeros((), dtype=torch.float64)
     if options["nll_average"] == "batch-tokens":
         for positives in chosen:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -31,11 +32,9 @@ def weights_of(pool: RankPool, model: str) -> dict[str, torch.Tensor]:
 
 
 @cache
-def expected_of(
-    pool: RankPool, model: str, num_groups: int, loss: tuple[tuple[str, Any], ...]
-) -> tuple[OneGraphLoss, dict[str, torch.Tensor]]:
-    """Loss and gradient of the one graph from the initial weights."""
-    return graph_and_gradient(weights_of(pool, model), model, num_groups, dict(loss))
+def expected_of(pool: RankPool, model: str, num_groups: int, loss: str) -> tuple[OneGraphLoss, dict[str, torch.Tensor]]:
+    """Loss and gradient of the one graph from the initial weights; ``loss`` is JSON, so that it can be a key."""
+    return graph_and_gradient(weights_of(pool, model), model, num_groups, json.loads(loss))
 
 
 def graph_and_gradient(
