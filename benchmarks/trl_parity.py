@@ -185,7 +185,7 @@ def markdown(about: Mapping[str, str], rows: list[Row]) -> str:
     lines = [
         "# GroupDPO at N = 2 and TRL's DPOTrainer",
         "",
-        f"`python benchmarks/trl_parity.py`, {pair_problem.NUM_PAIRS} ragged pairs, beta {pair_problem.BETA}, fp32, CPU.",
+        f"`benchmarks/trl_parity.py`: {pair_problem.NUM_PAIRS} ragged pairs, beta {pair_problem.BETA}, fp32, CPU.",
         "Differences: loss relative; log-probabilities, rewards and logged metrics absolute; gradient",
         "||difference|| / ||gradient|| over all tensors; worst entry of a gradient relative to the largest entry.",
         "",
