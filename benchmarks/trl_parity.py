@@ -81,7 +81,9 @@ def main() -> int:
     write_results(args.output, about, rows)
     failed = [row for row in rows if row.over_tolerance]
     for row in failed:
-        print(f"over tolerance: {row.model}, {row.variant}: {', '.join(row.over_tolerance)}", file=sys.stderr)
+        print(
+            f"over tolerance: {row.model}, {row.variant}, {row.ours}: {', '.join(row.over_tolerance)}", file=sys.stderr
+        )
     if args.write_golden and not failed:
         problem = {"checksums": checksums, "settings": pair_problem.problem_settings()}
         pair_compare.write_golden(about, problem, golden)
