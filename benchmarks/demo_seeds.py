@@ -9,17 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from record import RESULTS, ROOT, machine
 
 
 def main() -> None:
@@ -38,18 +33,6 @@ def main() -> None:
     (RESULTS / "demo_seeds.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "demo_seeds.md").write_text(markdown(record), encoding="utf-8")
     print(markdown(record))
-
-
-def machine() -> dict[str, str]:
-    """What the numbers were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "megatron-core", "transformers")},
-    }
 
 
 def markdown(record: dict) -> str:

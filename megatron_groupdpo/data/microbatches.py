@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 
 from megatron_groupdpo.data.planner import Plan, PlanOptions, Rows
 from megatron_groupdpo.sequence_shards import packed_positions_of_rank, positions_of_rank
 from megatron_groupdpo.types import Microbatch
+
+_NONE = np.empty(0, dtype=np.int64)
 
 
 def build_microbatches(plan: Plan, options: PlanOptions, *, rank: int, context_rank: int = 0) -> list[Microbatch]:
@@ -62,26 +65,25 @@ def _filled(
     cu_seqlens: torch.Tensor | None = None,
 ) -> Microbatch:
     """Each response from its place (row, column) on."""
-    tokens_BS = torch.full(shape, pad_token, dtype=torch.int64)
+    # numpy: hundreds of small copies, each several times quicker than a tensor operation.
+    tokens_BS = np.full(shape, pad_token, dtype=np.int64)
     # Padding has position 0, which every table of positions has.
-    position_ids_BS = torch.zeros(shape, dtype=torch.int64)
-    hidden_positions, targets, owners = [], [], []
-    for r, (row, (b, start)) in enumerate(zip(rows, places)):
-        tokens_S = torch.from_numpy(row.tokens_S.astype("int64"))
-        positions_T = torch.from_numpy(row.target_positions_T)
-        tokens_BS[b, start : start + len(tokens_S)] = tokens_S
-        position_ids_BS[b, start : start + len(tokens_S)] = torch.arange(len(tokens_S))
+    position_ids_BS = np.zeros(shape, dtype=np.int64)
+    hidden_positions, targets = [_NONE], [_NONE]
+    for row, (b, start) in zip(rows, places):
+        length, positions_T = len(row.tokens_S), row.target_positions_T
+        tokens_BS[b, start : start + length] = row.tokens_S
+        position_ids_BS[b, start : start + length] = np.arange(length)
         # The state at t - 1 predicts the token at t.
         hidden_positions.append((start + positions_T - 1) * shape[0] + b)
-        targets.append(tokens_S[positions_T])
-        owners.append(torch.full_like(positions_T, r))
-    none = torch.empty(0, dtype=torch.int64)
+        targets.append(row.tokens_S[positions_T])
+    counts = [len(row.target_positions_T) for row in rows]
     return Microbatch(
-        tokens_BS=tokens_BS,
-        position_ids_BS=position_ids_BS,
-        hidden_positions_T=torch.cat(hidden_positions or [none]),
-        targets_T=torch.cat(targets or [none]),
-        owners_T=torch.cat(owners or [none]),
+        tokens_BS=torch.from_numpy(tokens_BS),
+        position_ids_BS=torch.from_numpy(position_ids_BS),
+        hidden_positions_T=torch.from_numpy(np.concatenate(hidden_positions)),
+        targets_T=torch.from_numpy(np.concatenate(targets, dtype=np.int64)),
+        owners_T=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
         responses_r=torch.tensor([row.index for row in rows], dtype=torch.int64),
         cu_seqlens=cu_seqlens,
     )

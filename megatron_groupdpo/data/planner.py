@@ -7,10 +7,12 @@ the stages and ranks agree on counts and shapes without talking.
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_groupdpo.config import ParallelConfig
 from megatron_groupdpo.types import GroupBatch, ResponseRow
@@ -120,15 +122,32 @@ def plan_batch(batch: GroupBatch, options: PlanOptions) -> Plan:
     Padded: neighbours in length share a microbatch. Packed: as few microbatches as fit the token budget, the responses
     spread over them by cost. Either way the microbatches go to the ranks by cost.
     """
+    if options.packed:
+        return plan_units([(row,) for row in batch.rows], options)
+    size = options.micro_batch_size
+    assert size is not None
     # Ties keep the batch's order, so that the plan is the same on every machine.
     ordered = sorted(batch.rows, key=lambda row: (-len(row.tokens_S), row.index))
-    if options.packed:
-        filled = _pack(ordered, options)
-    else:
-        size = options.micro_batch_size
-        assert size is not None
-        filled = [tuple(ordered[start : start + size]) for start in range(0, len(ordered), size)]
-    return _deal(filled, options)
+    return _deal([tuple(ordered[start : start + size]) for start in range(0, len(ordered), size)], options)
+
+
+def plan_units(units: Sequence[Rows], options: PlanOptions) -> Plan:
+    """Pack units, each of which stays in one microbatch. Here a unit is a response; for pairwise losses, a pair."""
+    budget = options.max_tokens_per_microbatch
+    assert budget is not None
+    budget -= budget % options.length_multiple
+    sized = [_Unit(rows, _length(rows, options), sum(map(options.cost, rows))) for rows in units]
+    sized.sort(key=lambda unit: (-unit.length, unit.rows[0].index))
+    tight = _best_fit(sized, budget)
+    # Every rank runs the same number of microbatches anyway: use them all.
+    count = _padded(len(tight), options.data_parallel_size * options.microbatch_multiple)
+    return _deal(_spread(sized, count, budget) or tight, options)
+
+
+class _Unit(NamedTuple):
+    rows: Rows
+    length: int
+    cost: float
 
 
 def plan_whole_groups(batch: GroupBatch, options: PlanOptions) -> Plan:
@@ -138,47 +157,38 @@ def plan_whole_groups(batch: GroupBatch, options: PlanOptions) -> Plan:
     return _deal([group for group in groups if group], options)
 
 
-def _pack(ordered: Sequence[ResponseRow], options: PlanOptions) -> list[Rows]:
-    """Bins of at most the budget: first as few as first-fit decreasing finds, then the same number evened out."""
-    budget = options.max_tokens_per_microbatch
-    assert budget is not None
-    budget -= budget % options.length_multiple
-    tight = _first_fit(ordered, budget, options)
-    # Every rank runs the same number of microbatches anyway: use them all.
-    count = _padded(len(tight), options.data_parallel_size * options.microbatch_multiple)
-    return _spread(ordered, count, budget, options) or tight
-
-
-def _first_fit(ordered: Sequence[ResponseRow], budget: int, options: PlanOptions) -> list[Rows]:
+def _best_fit(ordered: Sequence[_Unit], budget: int) -> list[Rows]:
+    """Few bins: the longest first, each to the fullest bin that has room."""
     bins: list[list[ResponseRow]] = []
-    room: list[int] = []
-    for row in ordered:
-        length = options.row_length(row)
-        assert length <= budget, "a response longer than the token budget is refused before"
-        index = next((i for i, left in enumerate(room) if left >= length), len(bins))
-        if index == len(bins):
+    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
+    for unit in ordered:
+        assert unit.length <= budget, "a response longer than the token budget is refused before"
+        place = bisect.bisect_left(room, (unit.length, 0))
+        if place == len(room):
+            left, index = budget, len(bins)
             bins.append([])
-            room.append(budget)
-        bins[index].append(row)
-        room[index] -= length
+        else:
+            left, index = room.pop(place)
+        bins[index].extend(unit.rows)
+        bisect.insort(room, (left - unit.length, index))
     return [tuple(rows) for rows in bins]
 
 
-def _spread(ordered: Sequence[ResponseRow], count: int, budget: int, options: PlanOptions) -> list[Rows] | None:
+def _spread(ordered: Sequence[_Unit], count: int, budget: int) -> list[Rows] | None:
     """The longest first, each to the bin with the least work that has room; none where that leaves one without."""
     bins: list[list[ResponseRow]] = [[] for _ in range(count)]
     room = [budget] * count
     work = [(0.0, i) for i in range(count)]
-    for row in ordered:
-        length, skipped = options.row_length(row), []
-        while work and room[work[0][1]] < length:
+    for unit in ordered:
+        skipped = []
+        while work and room[work[0][1]] < unit.length:
             skipped.append(heapq.heappop(work))
         if not work:
             return None
         load, index = heapq.heappop(work)
-        bins[index].append(row)
-        room[index] -= length
-        for entry in (*skipped, (load + options.cost(row), index)):
+        bins[index].extend(unit.rows)
+        room[index] -= unit.length
+        for entry in (*skipped, (load + unit.cost, index)):
             heapq.heappush(work, entry)
     return [tuple(rows) for rows in bins if rows]
 
@@ -187,14 +197,14 @@ def _deal(filled: Sequence[Rows], options: PlanOptions) -> Plan:
     """Microbatches to ranks: the costliest first, each to the rank with the least work that has a place left."""
     ranks = options.data_parallel_size
     count = _padded(max(1, math.ceil(len(filled) / ranks)), options.microbatch_multiple)
-    cost = _microbatch_cost(options)
+    costs = {rows[0].index: cost for rows, cost in zip(filled, map(_microbatch_cost(options), filled))}
     per_rank: list[list[Rows]] = [[] for _ in range(ranks)]
     load = [(0.0, rank) for rank in range(ranks)]
-    for rows in sorted(filled, key=lambda rows: (-cost(rows), rows[0].index)):
+    for rows in sorted(filled, key=lambda rows: (-costs[rows[0].index], rows[0].index)):
         work, rank = heapq.heappop(load)
         per_rank[rank].append(rows)
         if len(per_rank[rank]) < count:
-            heapq.heappush(load, (work + cost(rows), rank))
+            heapq.heappush(load, (work + costs[rows[0].index], rank))
     for own in per_rank:
         own.extend([()] * (count - len(own)))
     longest = max((_length(rows, options) for rows in filled), default=0)

@@ -1,0 +1,25 @@
+"""What every result says of where it was measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def machine() -> dict[str, str]:
+    """Date, commit, processor and versions."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip() or "unknown",
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores, no GPU used",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "megatron-core", "transformers")},
+    }
