@@ -42,6 +42,8 @@ class DataConfig:
     """Share of the training prompts held out for validation; all groups of a prompt fall on one side."""
     shuffle: bool = True
     """New seeded order of the groups in every epoch; otherwise the order of the store."""
+    num_workers: NonNegativeInt = 1
+    """Processes that prepare batches ahead of the step, on each rank; 0: none."""
     tokenizer_type: Literal["SentencePieceTokenizer", "HuggingFaceTokenizer"] | None = None
     """Kind of tokenizer; none: as the token store says."""
     tokenizer_model: str | None = None

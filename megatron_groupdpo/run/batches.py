@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -70,16 +71,27 @@ class BatchSource:
             ]
         )
         batch = build_batch(samples, group_keys_G=keys_G, needs_pass=self._needs_pass)
-        ref_logps_R = np.zeros(batch.num_responses)
-        if self.reference is not None:
-            ref_logps_R = self.reference[batch.response_ids_R.numpy()]
-        return PlannedBatch(
+        planned = PlannedBatch(
             batch=batch,
             microbatches=self.microbatches(batch),
-            ref_logps_R=torch.from_numpy(ref_logps_R),
+            ref_logps_R=torch.zeros(batch.num_responses, dtype=torch.float64),
             num_tokens=sum(len(row.tokens_S) for row in batch.rows),
             group_ids=ids,
         )
+        return self.with_reference(planned)
+
+    def with_reference(self, planned: PlannedBatch) -> PlannedBatch:
+        """The batch with the stored reference log-probabilities, where there are any."""
+        if self.reference is None:
+            return planned
+        ref_logps_R = self.reference[planned.batch.response_ids_R.numpy()]
+        return replace(planned, ref_logps_R=torch.from_numpy(ref_logps_R))
+
+    def without_reference(self) -> BatchSource:
+        """A copy to make batches elsewhere, and :meth:`with_reference` here."""
+        other = copy(self)
+        other.reference = None
+        return other
 
     def microbatches(self, batch: GroupBatch, *, whole_groups: bool = False) -> list[Microbatch]:
         """This rank's microbatches; with ``whole_groups`` each holds one group, for a loss that is not decoupled."""

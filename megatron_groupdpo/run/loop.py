@@ -20,6 +20,7 @@ from megatron_groupdpo.run.build import Run
 from megatron_groupdpo.run.flops import step_flops
 from megatron_groupdpo.run.logs import RunLogger
 from megatron_groupdpo.run.metrics import batch_metrics
+from megatron_groupdpo.run.prefetch import Prefetcher
 from megatron_groupdpo.run.report import print_start
 from megatron_groupdpo.step.coefficients import group_loss
 from megatron_groupdpo.step.train_step import StepResult, accumulate_gradient
@@ -32,34 +33,49 @@ def train(run: Run) -> Progress:
         UserError: scores that are not finite, or differ between the passes by more than the threshold.
     """
     logger = _open_logs(run) if run.ranks.is_logger else None
-    first = run.train.batch(run.progress.consumed_groups, run.config.training.global_batch_size)
-    print_start(run, first)
+    size = run.config.training.global_batch_size
+    left = run.train_iters - run.progress.iteration
+    try:
+        with Prefetcher(
+            run.train,
+            num_workers=run.config.data.num_workers,
+            num_groups=size,
+            end=run.progress.consumed_groups + left * size,
+        ) as batches:
+            return _train(run, batches, logger)
+    finally:
+        if logger is not None:
+            logger.close()
+
+
+def _train(run: Run, batches: Prefetcher, logger: RunLogger | None) -> Progress:
+    planned = batches.batch(run.progress.consumed_groups)
+    print_start(run, planned)
     if run.starts_from_reference:
-        check_step0_identity(run, first)
+        check_step0_identity(run, planned)
     if run.progress.iteration == 0 and run.config.training.eval_interval is not None:
         _validate(run, run.progress, logger)
     progress = run.progress
     saved = progress.iteration
-    try:
-        while progress.iteration < run.train_iters:
-            progress = _iteration(run, progress, logger)
-            if _due(progress.iteration, run.config.training.eval_interval):
-                _validate(run, progress, logger)
-            if _due(progress.iteration, run.config.checkpoint.save_interval):
-                _save(run, progress)
-                saved = progress.iteration
-        if saved != progress.iteration:
+    while progress.iteration < run.train_iters:
+        started = time.perf_counter()
+        if progress != run.progress:
+            planned = batches.batch(progress.consumed_groups)
+        progress = _iteration(run, planned, progress, logger, started)
+        if _due(progress.iteration, run.config.training.eval_interval):
+            _validate(run, progress, logger)
+        if _due(progress.iteration, run.config.checkpoint.save_interval):
             _save(run, progress)
-    finally:
-        if logger is not None:
-            logger.close()
+            saved = progress.iteration
+    if saved != progress.iteration:
+        _save(run, progress)
     return progress
 
 
-def _iteration(run: Run, progress: Progress, logger: RunLogger | None) -> Progress:
-    started = time.perf_counter()
+def _iteration(
+    run: Run, planned: PlannedBatch, progress: Progress, logger: RunLogger | None, started: float
+) -> Progress:
     size = run.config.training.global_batch_size
-    planned = run.train.batch(progress.consumed_groups, size)
     ref_logps_R = _reference(run, planned)
     outcome = accumulate_gradient(run.policy.engine, planned.microbatches, planned.batch, ref_logps_R, run.loss)
     _check_scores(run, planned, outcome, progress.iteration + 1)

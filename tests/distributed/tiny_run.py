@@ -91,7 +91,7 @@ def write_config(path: Path, store: Path, reference: Path, **sections: Mapping[s
     config: dict[str, dict[str, Any]] = {
         "model": dict(MODEL),
         "parallel": {"device": "cpu"},
-        "data": {"data_path": [str(store)], "seq_length": 64},
+        "data": {"data_path": [str(store)], "seq_length": 64, "num_workers": 0},
         "objective": {"objective": "softmax", "beta": 0.3, "reference_logprobs": str(reference)},
         "optimizer": {"lr": 5e-3, "lr_decay_style": "cosine", "lr_warmup_iters": 2, "adam_eps": 1e-3},
         "training": {"global_batch_size": 4, "micro_batch_size": 2, "train_iters": 6, "seed": 7},
