@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import os
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def _counts(
     values, counts = data.points()
     if span is None and bool((values == np.round(values)).all()) and values[-1] - values[0] < _BINS:
         axes.bar(values, counts, width=0.8, color=_BLUE)
-        axes.set_xlim(min(values[0] - 1, values[-1] - 4), values[-1] + 1)
+        axes.set_xlim(min(values[0] - 1, max(values[-1] - 4, 0)), values[-1] + 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         axes.hist(values, bins=_edges([data], span), weights=counts, color=_BLUE)  # type: ignore[arg-type]
@@ -146,6 +147,10 @@ def _side_counts(axes: Axes, series: dict[str, tuple[Distribution, str]]) -> Non
 
 def _edges(series: list[Distribution], span: tuple[float, float] | None, cut: float = 1.0) -> np.ndarray:
     low, high = span or (min(data.min for data in series), max(data.quantile(cut) for data in series))
+    if span is None and all(bool((data.points()[0] % 1 == 0).all()) for data in series):
+        # whole steps: else some bars would hold one whole number more than their neighbours
+        step = max(1, math.ceil((high - low + 1) / _BINS))
+        return np.arange(low, high + step + 1, step) - 0.5
     if high <= low:
         low, high = low - 0.5, low + 0.5
     return np.linspace(low, high, _BINS + 1)
