@@ -120,6 +120,10 @@ def _store_folder(args: argparse.Namespace) -> Path | None:
         value = getattr(args, name, None)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be at least {least}, got {value}")
+    if args.command == "show" and (args.index or args.where):
+        for name in ("count", "only"):
+            if getattr(args, name) is not None:
+                raise ConfigError(f"--{name} goes with --random or none; --index and --where name the groups already")
     return folders[0] if folders else None
 
 
