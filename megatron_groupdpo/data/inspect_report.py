@@ -21,7 +21,7 @@ def report(inspection: Inspection, *, width: int = 100) -> str:
             f"\nlength of positives / negatives of their group: {stats.length_ratio:.2f} (geometric mean of "
             f"{stats.num_compared:,} groups); positives are longer in {longer:.1%}"
         )
-    if inspection.preprocessing is not None:
+    if inspection.preprocessing:
         parts.append("preprocessing\n" + textwrap.indent(summary_table(inspection.preprocessing), "  "))
     if inspection.end_tokens:
         listed = ", ".join(f"{name}: {count:,}" for name, count in inspection.end_tokens.items())
