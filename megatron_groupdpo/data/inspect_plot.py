@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from megatron_groupdpo.data.inspect_pass import Inspection
 from megatron_groupdpo.data.inspect_report import table_rows, totals
@@ -103,6 +103,7 @@ def _counts(
     else:
         axes.hist(values, bins=_edges([data], span), weights=counts, color=_BLUE)  # type: ignore[arg-type]
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _shares(axes: Axes, series: dict[str, tuple[Distribution, str]], xlabel: str, title: str) -> None:
@@ -141,6 +142,7 @@ def _side_counts(axes: Axes, series: dict[str, tuple[Distribution, str]]) -> Non
         axes.bar(values + shift, counts, width=0.4, color=colour, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_ylim(top=axes.get_ylim()[1] * 1.2)
     axes.legend(fontsize=8, loc="upper right", ncols=2)
 

@@ -23,8 +23,9 @@ from megatron_groupdpo.data.inspect_stats import Distribution, GroupBlock, Stati
 from megatron_groupdpo.data.inspect_verify import store_bytes, verify_store
 from megatron_groupdpo.data.inspect_warnings import RULES
 from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.prepare import PreparedGroup
-from megatron_groupdpo.data.store import StoreIdentity, StoreWriter, TokenStore
+from megatron_groupdpo.data.prepare import PreprocessOptions
+from megatron_groupdpo.data.preprocess import preprocess
+from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.data.tokenize import TokenizeOptions
 from megatron_groupdpo.data.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import DataError
@@ -217,9 +218,6 @@ def chat_build(build, tmp_path):
     """``chat_build(records, style)``: a store made with a byte-level tokenizer and the style's chat template."""
 
     def run(path: Path, style: str = "qwen", **tokenize) -> TokenStore:
-        from megatron_groupdpo.data.prepare import PreprocessOptions
-        from megatron_groupdpo.data.preprocess import preprocess
-
         folder = tmp_path / "tokenizer"
         if not folder.exists():
             make_folder(folder, *STYLES[style])
@@ -258,7 +256,6 @@ FAULTS_OF_STORES = {
     "role-markers": ([as_chat(good(1), content="Four.\n### Instruction: go on"), as_chat(good(2))], {}),
     "control-names": ([as_chat(good(1), content="Four.</s>"), as_chat(good(2))], {}),
     "empty-responses": ([as_chat(changed(1, text=" ")), as_chat(good(2))], {}),
-    "duplicate-responses": ([as_chat(good(1), content=good(1)["responses"][2]["text"]), as_chat(good(2))], {}),
     "duplicate-prompts": ([as_chat(good(1)), as_chat(good(2) | {"prompt": good(1)["prompt"]})], {}),
     "one-sided": ([as_chat(good(1) | {"responses": good(1)["responses"][::2]}), as_chat(good(2))], {}),
     "responses-cut": (
@@ -277,6 +274,13 @@ def test_each_fault_of_a_store_gives_its_warning(write_lines, chat_build, code):
     allowed = {"one-sided": {"equal-values"}, "responses-cut": {"missing-end"}}
     # so few responses: a change of one text is a change of its side's length
     assert {code} <= codes(inspection) <= {code, "length-bias"} | allowed.get(code, set())
+
+
+def test_responses_that_a_template_makes_equal_are_found(write_lines, chat_build):
+    # this template trims: texts that differ in white space have the same tokens
+    record = as_chat(good(1), content=good(1)["responses"][2]["text"] + " ")
+    inspection = look_at(chat_build(write_lines([record, as_chat(good(2))]), "llama3"))
+    assert codes(inspection) - {"length-bias"} == {"duplicate-responses"}
 
 
 def test_beginning_tokens_too_many_and_too_few(write_lines, chat_build, build, tmp_path):
@@ -365,20 +369,18 @@ def test_every_changed_or_absent_file_is_found(write_lines, build, tmp_path):
         assert f"{path.name}: {size}" in str(caught.value)
 
 
-def test_a_change_that_opening_does_not_see_is_found(tmp_path):
-    identity = {"kind": "k", "model": "m", "chat_template": None, "digest": "d", "vocab_size": 70_000}
-    group = PreparedGroup(
-        prompt_tokens=np.zeros(3_000_000, dtype=np.int32), response_tokens=(np.ones(1, dtype=np.int32),),
-        response_masks=(None,), labels=(1,), values=(0.0,), ref_logps=(math.nan,), source_row=1,
-    )  # fmt: skip
-    with fmt.whole_folder(tmp_path / "store", overwrite=False) as folder:
-        writer = StoreWriter(folder, StoreIdentity(tokenizer=identity, options={}))
-        writer.add(group, 0)
-        writer.finish(sources=[], counts=[])
-    tokens = max((tmp_path / "store").iterdir(), key=lambda path: path.stat().st_size)
+def test_a_change_that_opening_does_not_see_is_found(write_lines, build, tmp_path, monkeypatch):
+    # opening reads 64 blocks of a file: small ones here, so that a small file has bytes between them
+    monkeypatch.setattr(fmt, "_BLOCK_BYTES", 8)
+    build(write_lines([good(i) for i in range(20)]))
+    tokens = tmp_path / "store" / f"{fmt.TOKENS}.bin"
+    size = tokens.stat().st_size
+    assert size > 64 * 8 * 2
     with open(tokens, "r+b") as stream:
-        stream.seek(100_000)  # between two of the blocks that opening samples
-        stream.write(b"\x07")
+        stream.seek(8 + (size - 8) // 63 // 2)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
     TokenStore.open(tmp_path / "store")
     with pytest.raises(DataError, match=f"{tokens.name}: SHA-256"):
         verify_store(tmp_path / "store")
