@@ -42,6 +42,11 @@ STYLES = {
 }  # fmt: skip
 
 
+def make_folder(folder: Path, template: str | None, special: list[str], bos: str | None, eos: str) -> Path:
+    names = {"eos_token": eos} | ({} if bos is None else {"bos_token": bos})
+    return train_byte_level(folder, special=special, chat_template=template, **names)
+
+
 def train_byte_level(folder: Path, *, special: Sequence[str], chat_template: str | None, **names: str) -> Path:
     """A byte-level BPE tokenizer of the kind Llama-3 and Qwen use, saved as a Hugging Face folder."""
     tokenizer = Tokenizer(models.BPE())
@@ -54,8 +59,3 @@ def train_byte_level(folder: Path, *, special: Sequence[str], chat_template: str
     fast.chat_template = chat_template
     fast.save_pretrained(str(folder))
     return folder
-
-
-def make_folder(folder: Path, template: str | None, special: list[str], bos: str | None, eos: str) -> Path:
-    names = {"eos_token": eos} | ({} if bos is None else {"bos_token": bos})
-    return train_byte_level(folder, special=special, chat_template=template, **names)
