@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import signal
 import sys
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from megatron_groupdpo.data.counts import summary_table
 from megatron_groupdpo.data.files import count_records, expand_inputs
 from megatron_groupdpo.data.prepare import PreprocessOptions
 from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions
+from megatron_groupdpo.data.schemas.fields import weights_from
 from megatron_groupdpo.data.tokenizer import TokenizerOptions
-from megatron_groupdpo.errors import ConfigError, UserError
+from megatron_groupdpo.errors import UserError
 
 EXAMPLE = """\
 example:
@@ -176,7 +176,7 @@ def _run(args: argparse.Namespace) -> int:
             one_sided=args.one_sided,
         ),
         schema=args.schema,
-        schema_options=SchemaOptions(score_weights=_weights(args.score_weights)),
+        schema_options=SchemaOptions(score_weights=weights_from(args.score_weights)),
         on_bad_record=args.on_bad_record,
     )
     sizes = [count_records(source) for source in expand_inputs(args.input)]
@@ -194,21 +194,6 @@ def _run(args: argparse.Namespace) -> int:
     print(summary_table(report.counts))
     print(f"token store: {args.output} (digest {report.digest[:16]})")
     return 0
-
-
-def _weights(given: Sequence[str] | None) -> dict[str, float] | None:
-    if given is None:
-        return None
-    weights = {}
-    for item in given:
-        name, _, weight = item.rpartition("=")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            name = ""
-        if not name or not math.isfinite(weights[name]):
-            raise ConfigError(f"--score-weights takes NAME=WEIGHT, got {item!r}; for example helpfulness=1.0")
-    return weights
 
 
 def _choices(literal: object) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, Message, ResponseRecord, Text
 
 Record = Mapping[str, Any]
@@ -23,6 +24,22 @@ class SchemaOptions:
     score_weights: Mapping[str, float] | None = None
     """Name of a score -> its weight, for records that give several scores per response. Their weighted sum is
     the value. ``None``: the record must give exactly one."""
+
+
+def weights_from(given: Sequence[str] | None) -> dict[str, float] | None:
+    """``--score-weights NAME=WEIGHT ...`` as a mapping; ConfigError on anything else."""
+    if given is None:
+        return None
+    weights = {}
+    for item in given:
+        name, _, weight = item.rpartition("=")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            name = ""
+        if not name or not math.isfinite(weights[name]):
+            raise ConfigError(f"--score-weights takes NAME=WEIGHT, got {item!r}; for example helpfulness=1.0")
+    return weights
 
 
 def show(value: Any, limit: int = 80) -> str:

@@ -15,6 +15,38 @@ CORPUS = [
 ] + ["Good morning! What a day (it is)... isn't it? Yes: x = [1, 2]; y = {z}. naïve café"] * 20
 
 
+# Written for these tests in the style of the four families.
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+QWEN = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}{% for m in messages %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('no system turn') }}{% endif %}{% endfor %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+STYLES = {
+    "llama3": (LLAMA3, ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin|>", "<|eot_id|>"),  # noqa: E501
+    "qwen": (QWEN, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+    "mistral": (MISTRAL, ["<s>", "</s>"], "<s>", "</s>"),
+    "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
+}  # fmt: skip
+
+
+def make_folder(folder: Path, template: str | None, special: list[str], bos: str | None, eos: str) -> Path:
+    names = {"eos_token": eos} | ({} if bos is None else {"bos_token": bos})
+    return train_byte_level(folder, special=special, chat_template=template, **names)
+
+
 def train_byte_level(folder: Path, *, special: Sequence[str], chat_template: str | None, **names: str) -> Path:
     """A byte-level BPE tokenizer of the kind Llama-3 and Qwen use, saved as a Hugging Face folder."""
     tokenizer = Tokenizer(models.BPE())

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from data_makers import train_byte_level
+from data_makers import STYLES, make_folder
 
 from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
@@ -16,41 +16,10 @@ from megatron_groupdpo.data.tokenizer import Tokenizer, TokenizerOptions, load_t
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import GroupRecord, Message, ResponseRecord, Text
 
-# Written for these tests in the style of the four families.
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}"
-    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-QWEN = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}{% for m in messages %}"
-    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
-    "{% else %}{{ raise_exception('no system turn') }}{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
-)
-STYLES = {
-    "llama3": (LLAMA3, ["<|begin|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin|>", "<|eot_id|>"),  # noqa: E501
-    "qwen": (QWEN, ["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
-    "mistral": (MISTRAL, ["<s>", "</s>"], "<s>", "</s>"),
-    "gemma": (GEMMA, ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
-}  # fmt: skip
-
 
 @pytest.fixture(params=STYLES)
 def chat_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return make_folder(tmp_path, *STYLES[request.param])
-
-
-def make_folder(folder: Path, template: str | None, special: list[str], bos: str | None, eos: str) -> Path:
-    names = {"eos_token": eos} | ({} if bos is None else {"bos_token": bos})
-    return train_byte_level(folder, special=special, chat_template=template, **names)
 
 
 def hugging_face(folder: Path) -> Tokenizer:
