@@ -51,20 +51,25 @@ class Prefetcher:
         """
         if self._pool is None:
             return self._source.batch(consumed_groups, self._num_groups)
-        if not self._pending or self._pending[0][0] != consumed_groups:
-            self._drop()
-        next_place = self._pending[-1][0] + self._num_groups if self._pending else consumed_groups
-        while len(self._pending) <= self._ahead and (next_place < self._end or not self._pending):
-            self._pending.append((next_place, self._pool.submit(_make, next_place, self._num_groups)))
-            next_place += self._num_groups
         try:
+            self._submit(consumed_groups)
             planned: PlannedBatch = pickle.loads(self._pending.popleft()[1].result())
         except BrokenProcessPool as error:
             raise UserError(
-                f"a process that prepares batches died ({error}), most likely for want of memory; lower --num-workers "
-                "(0: no such processes)"
+                "a process that prepares batches died, most likely for want of memory; lower --num-workers (0: no such "
+                "processes)"
             ) from error
         return self._source.with_reference(planned)
+
+    def _submit(self, consumed_groups: int) -> None:
+        """Have this place and some after it under way."""
+        assert self._pool is not None
+        if not self._pending or self._pending[0][0] != consumed_groups:
+            self._drop()
+        place = self._pending[-1][0] + self._num_groups if self._pending else consumed_groups
+        while not self._pending or (len(self._pending) <= self._ahead and place < self._end):
+            self._pending.append((place, self._pool.submit(_make, place, self._num_groups)))
+            place += self._num_groups
 
     def _drop(self) -> None:
         for _, future in self._pending:

@@ -22,6 +22,10 @@ DP2: tuple[int, Flags] = (2, ())
 ONE_SHARDED: tuple[int, Flags] = (1, ("--use-distributed-optimizer",))
 DP2_SHARDED: tuple[int, Flags] = (2, ("--use-distributed-optimizer",))
 PP2_DP2_SHARDED: tuple[int, Flags] = (4, (*PP2[1], "--use-distributed-optimizer"))
+CP2_PACKED: tuple[int, Flags] = (
+    2,
+    ("--context-parallel-size", "2", "--max-tokens-per-microbatch", "128", "--micro-batch-size", "null"),
+)
 TP2_DP2_SHARDED: tuple[int, Flags] = (4, (*TP2[1], "--use-distributed-optimizer"))
 
 
@@ -47,7 +51,11 @@ def without_times(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
-@pytest.mark.parametrize("layout", [TP2, PP2, DP2, DP2_SHARDED], ids=["TP2", "PP2", "DP2", "DP2-distributed-optimizer"])
+@pytest.mark.parametrize(
+    "layout",
+    [TP2, PP2, DP2, DP2_SHARDED, CP2_PACKED],
+    ids=["TP2", "PP2", "DP2", "DP2-distributed-optimizer", "CP2-packed"],
+)
 def test_resuming_on_the_same_layout_gives_the_same_bits(train, tmp_path: Path, layout: tuple[int, Flags]):
     digest, lines = train(layout, tmp_path / "whole")
     half, _ = train(layout, tmp_path / "parts", "--train-iters", "3", "--lr-decay-iters", "6")
@@ -60,8 +68,24 @@ def test_resuming_on_the_same_layout_gives_the_same_bits(train, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [(TP2, PP2), (ONE, DP2), (DP2, TP2), (ONE_SHARDED, DP2_SHARDED), (TP2_DP2_SHARDED, PP2_DP2_SHARDED)],
-    ids=["TP2-PP2", "DP1-DP2", "DP2-TP2", "sharded-DP1-DP2", "sharded-TP2xDP2-PP2xDP2"],
+    [
+        (TP2, PP2),
+        (ONE, DP2),
+        (DP2, TP2),
+        (DP2, CP2_PACKED),
+        (CP2_PACKED, PP2),
+        (ONE_SHARDED, DP2_SHARDED),
+        (TP2_DP2_SHARDED, PP2_DP2_SHARDED),
+    ],
+    ids=[
+        "TP2-PP2",
+        "DP1-DP2",
+        "DP2-TP2",
+        "DP2-CP2-packed",
+        "CP2-packed-PP2",
+        "sharded-DP1-DP2",
+        "sharded-TP2xDP2-PP2xDP2",
+    ],
 )
 def test_resuming_on_another_layout_gives_the_same_losses(
     train, tmp_path: Path, first: tuple[int, Flags], second: tuple[int, Flags]
@@ -72,6 +96,13 @@ def test_resuming_on_another_layout_gives_the_same_losses(
     for name in ("loss", "preference_loss", "nll_loss", "grad_norm", "rewards/margins", "lr", "consumed_groups"):
         wanted = [line[name] for line in lines]
         assert [line[name] for line in resumed_lines] == pytest.approx(wanted, rel=1e-5), name
+
+
+def test_worker_processes_change_nothing(train, tmp_path: Path):
+    digest, lines = train(DP2, tmp_path / "none")
+    prefetched, prefetched_lines = train(DP2, tmp_path / "two", "--num-workers", "2")
+    assert prefetched == digest
+    assert without_times(prefetched_lines) == without_times(lines)
 
 
 def test_a_resumed_run_needs_the_optimizer_state(train, tmp_path: Path):
