@@ -34,6 +34,10 @@ class DataConfig:
 
     data_path: tuple[str, ...]
     """Token stores to train on."""
+    data_weights: tuple[PositiveFloat, ...] = ()
+    """Share of each store of data_path in the order, in any unit; none: all groups count alike."""
+    curriculum: Literal["none", "group-size"] = "none"
+    """group-size: the first epoch goes from the smallest groups to the largest."""
     seq_length: PositiveInt
     """Longest prompt plus response, in tokens."""
     valid_data_path: tuple[str, ...] = ()

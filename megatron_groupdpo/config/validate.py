@@ -225,6 +225,17 @@ def _data_problems(config: TrainConfig) -> Iterator[str]:
     data, training = config.data, config.training
     if not data.data_path:
         yield "data_path must name at least one token store."
+    numbers = [path for path in data.data_path if path.replace(".", "", 1).isdigit()]
+    if numbers:
+        yield (
+            f"data_path holds {numbers[0]!r}, which is no token store; weights go into data_weights, one for each "
+            f"store."
+        )
+    if data.data_weights and len(data.data_weights) != len(data.data_path):
+        yield (
+            f"data_weights has {len(data.data_weights)} entries and data_path {len(data.data_path)}; give one weight "
+            f"for each store, or none."
+        )
     if data.valid_data_path and data.valid_fraction:
         yield (
             f"valid_data_path and valid_fraction ({data.valid_fraction}) exclude each other; keep one source of "

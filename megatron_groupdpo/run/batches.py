@@ -14,7 +14,7 @@ from megatron_groupdpo.data.batch import build_batch
 from megatron_groupdpo.data.dataset import GroupDataset
 from megatron_groupdpo.data.microbatches import build_microbatches
 from megatron_groupdpo.data.planner import PlanOptions, plan_batch, plan_whole_groups
-from megatron_groupdpo.data.sampler import GroupSampler
+from megatron_groupdpo.data.sampler import Sampler
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.types import GroupBatch, Microbatch
@@ -43,10 +43,10 @@ class BatchSource:
         *,
         loss: LossOptions,
         plan: PlanOptions,
+        sampler: Sampler,
+        seed: int,
         data_parallel_rank: int,
         context_parallel_rank: int = 0,
-        seed: int,
-        shuffle: bool,
         reference: ReferenceLogProbs | None,
     ) -> None:
         self.dataset = dataset
@@ -56,7 +56,7 @@ class BatchSource:
         self.data_parallel_rank = data_parallel_rank
         self.context_parallel_rank = context_parallel_rank
         self.seed = seed
-        self.sampler = GroupSampler(len(self.group_ids), seed=seed, shuffle=shuffle)
+        self.sampler = sampler
         self.reference = reference
 
     def batch(self, consumed_groups: int, num_groups: int) -> PlannedBatch:

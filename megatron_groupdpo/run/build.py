@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_groupdpo import objectives
 from megatron_groupdpo.config import (
     ModelConfig,
@@ -17,7 +19,9 @@ from megatron_groupdpo.config import (
     train_iters,
 )
 from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
+from megatron_groupdpo.data.order import build_sampler
 from megatron_groupdpo.data.planner import plan_options
+from megatron_groupdpo.data.sampler import GroupSampler, Sampler
 from megatron_groupdpo.data.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
 from megatron_groupdpo.mcore.checkpoint import (
@@ -179,6 +183,8 @@ def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
         "stores": [store.digest for store in data.stores],
         "seed": config.training.seed,
         "shuffle": config.data.shuffle,
+        "weights": list(config.data.data_weights),
+        "curriculum": config.data.curriculum,
         "valid_fraction": config.data.valid_fraction,
     }
 
@@ -240,24 +246,33 @@ def _sources(
         attention_cost=attention_cost(policy.model),
     )
 
-    def source(dataset: GroupDataset, group_ids: object, *, shuffle: bool) -> BatchSource:
+    def source(dataset: GroupDataset, group_ids: np.ndarray, sampler: Sampler) -> BatchSource:
         return BatchSource(
             dataset,
-            group_ids,  # type: ignore[arg-type]
+            group_ids,
+            sampler=sampler,
             loss=loss,
             plan=plan,
             data_parallel_rank=ranks.dp_group.rank(),
             context_parallel_rank=ranks.cp_group.rank(),
             seed=config.training.seed,
-            shuffle=shuffle,
             reference=open_reference(config, dataset),
         )
 
-    train = source(train_data, train_ids, shuffle=config.data.shuffle)
+    sampler = build_sampler(
+        train_data,
+        train_ids,
+        seed=config.training.seed,
+        shuffle=config.data.shuffle,
+        weights=config.data.data_weights,
+        curriculum=config.data.curriculum,
+    )
+    train = source(train_data, train_ids, sampler)
     if valid_data is not None:
-        return train, source(valid_data, range(len(valid_data)), shuffle=False)
+        valid_ids = np.arange(len(valid_data))
+        return train, source(valid_data, valid_ids, GroupSampler(len(valid_ids), seed=0, shuffle=False))
     if len(held_out_ids):
-        return train, source(train_data, held_out_ids, shuffle=False)
+        return train, source(train_data, held_out_ids, GroupSampler(len(held_out_ids), seed=0, shuffle=False))
     return train, None
 
 

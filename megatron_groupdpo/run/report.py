@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_groupdpo import objectives
+from megatron_groupdpo.data.sampler import BlendedSampler
 from megatron_groupdpo.run.batches import PlannedBatch
 from megatron_groupdpo.run.build import Run
 
@@ -41,6 +42,7 @@ def print_start(run: Run, first: PlannedBatch) -> None:
         f"weights     {run.weights_from or 'initial ones, drawn from the seed'}",
         f"data        {len(run.train.group_ids):,} groups to train on"
         + (f", {len(run.valid.group_ids):,} to validate" if run.valid is not None else ""),
+        *_shares(run),
         f"batch       {batch.num_groups} groups = {batch.num_responses} responses = {first.num_tokens:,} tokens in "
         f"{len(first.microbatches)} microbatches {each} on each data-parallel rank"
         " (first batch)",
@@ -53,6 +55,19 @@ def print_start(run: Run, first: PlannedBatch) -> None:
     print("\n".join(lines), flush=True)
     for warning in _oddities(run, first):
         print(f"warning     {warning}", flush=True)
+
+
+def _shares(run: Run) -> list[str]:
+    """One line a store, where the order blends them by weight."""
+    sampler = run.train.sampler
+    if not isinstance(sampler, BlendedSampler):
+        return []
+    total = run.train_iters * run.config.training.global_batch_size
+    return [
+        f"            {path}: {share / sampler.shares.sum():.2%} of the order, "
+        f"{total * share / sampler.shares.sum() / source.num_groups:.2f} epochs of its {source.num_groups:,} groups"
+        for path, share, source in zip(run.config.data.data_path, sampler.shares, sampler.sources)
+    ]
 
 
 def _oddities(run: Run, first: PlannedBatch) -> list[str]:

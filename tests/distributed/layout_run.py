@@ -16,6 +16,7 @@ from layout_case import MODELS, VOCAB_SIZE, LayoutCase
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.data.planner import plan_options
+from megatron_groupdpo.data.sampler import GroupSampler
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
@@ -139,7 +140,7 @@ def batch_source(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> Ba
         data_parallel_rank=ranks.dp_group.rank(),
         context_parallel_rank=ranks.cp_group.rank(),
         seed=0,
-        shuffle=False,
+        sampler=GroupSampler(len(samples), seed=0, shuffle=False),
         reference=None if case.reference_free else reference_logps(samples),  # type: ignore[arg-type]
     )
 

@@ -18,6 +18,7 @@ from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert.hf_model import open_hf_model
 from megatron_groupdpo.convert.weights import load_hf_weights
 from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.data.sampler import GroupSampler
 from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
@@ -126,7 +127,7 @@ def _one_loss(
         plan=plan,
         data_parallel_rank=ranks.dp_group.rank(),
         seed=0,
-        shuffle=False,
+        sampler=GroupSampler(len(store), seed=0, shuffle=False),
         reference=reference,
     )
     planned = source.batch(0, len(store))

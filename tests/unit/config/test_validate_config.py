@@ -102,6 +102,8 @@ REFUSED = [
         2,
         ("seq_length (101)", "try 102"),
     ),
+    ({"data_weights": (1.0, 2.0)}, 1, ("data_weights has 2", "data_path 1")),
+    ({"data_path": ("0.3", "a")}, 1, ("'0.3'", "data_weights")),
     ({"max_tokens_per_microbatch": 512}, 1, ("exactly one of micro_batch_size (2)", "(512)")),
     ({"train_samples": 10}, 1, ("exactly one of train_iters (100) and train_samples (10)",)),
     ({"train_iters": None}, 1, ("exactly one of train_iters (not given)",)),

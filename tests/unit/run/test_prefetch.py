@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.data.sampler import GroupSampler
 from megatron_groupdpo.errors import UserError
 from megatron_groupdpo.run.batches import BatchSource, PlannedBatch
 from megatron_groupdpo.run.prefetch import Prefetcher
@@ -48,7 +49,7 @@ def source() -> BatchSource:
         plan=PlanOptions(max_tokens_per_microbatch=20, data_parallel_size=2),
         data_parallel_rank=1,
         seed=3,
-        shuffle=True,
+        sampler=GroupSampler(GROUPS, seed=3),
         reference=np.linspace(-9.0, -1.0, 3 * GROUPS),  # type: ignore[arg-type]
     )
 
