@@ -8,14 +8,18 @@ from hypothesis import strategies as st
 
 from megatron_groupdpo.data.partition import Partition, Sides, is_one_sided, partition_group, topk_sizes
 from megatron_groupdpo.errors import ConfigError, DataError
-from megatron_groupdpo.types import ResponseRecord
+from megatron_groupdpo.types import GroupRecord, ResponseRecord
 
 few_values = st.lists(st.integers(0, 6).map(float), min_size=2, max_size=20)
 sizes = st.integers(1, 9)
 
 
+def record(responses) -> GroupRecord:
+    return GroupRecord(prompt="p", responses=tuple(responses), where="f:1")
+
+
 def split(values, **options) -> Sides:
-    return partition_group([ResponseRecord(text="t", value=v) for v in values], Partition(**options), "f:1")
+    return partition_group(record([ResponseRecord(text="t", value=v) for v in values]), Partition(**options))
 
 
 def sides_of(values, sides: Sides) -> tuple[list[float], list[float]]:
@@ -89,7 +93,7 @@ def test_rank_is_every_best_response_against_the_rest(values):
 
 def test_label_follows_the_data():
     responses = [ResponseRecord(text="t", label=label) for label in (1, -1, 1)]
-    assert partition_group(responses, Partition(), "f:1") == Sides(kept=(0, 1, 2), labels=(1, -1, 1))
+    assert partition_group(record(responses), Partition()) == Sides(kept=(0, 1, 2), labels=(1, -1, 1))
 
 
 def test_a_rule_without_what_it_needs_names_the_record():
@@ -97,7 +101,7 @@ def test_a_rule_without_what_it_needs_names_the_record():
         split([1.0, 2.0])
     unscored = [ResponseRecord(text="t", label=1), ResponseRecord(text="u", label=-1)]
     with pytest.raises(DataError, match=r"^f:1: --partition rank needs a value"):
-        partition_group(unscored, Partition(rule="rank"), "f:1")
+        partition_group(record(unscored), Partition(rule="rank"))
 
 
 @pytest.mark.parametrize(
