@@ -69,6 +69,12 @@ def content_digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def meta_digest(meta: dict[str, Any]) -> str:
+    """SHA-256 over all of ``meta.json`` but this number itself."""
+    rest = {key: value for key, value in meta.items() if key != "meta_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """The checked ``meta.json`` of a store.
 
@@ -90,13 +96,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder}: the store has format version {meta.get('version')}, this program reads {VERSION}; {way_out}"
         )
-    try:
-        computed = content_digest(meta)
-    except (KeyError, TypeError, AttributeError):
-        raise DataError(f"{folder / META}: incomplete; {way_out}") from None
-    if computed != meta.get("digest"):
+    computed = meta_digest(meta)
+    if computed != meta.get("meta_sha256"):
         raise DataError(
-            f"{folder}: the digest in {META} ({meta.get('digest')}) is not that of its contents ({computed}): "
+            f"{folder}: the digest in {META} ({meta.get('meta_sha256')}) is not that of its contents ({computed}): "
             f"the file was changed; {way_out}"
         )
     return meta

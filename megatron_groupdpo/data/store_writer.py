@@ -157,6 +157,7 @@ class StoreWriter:
             "files": fmt.describe_files(self._folder, leave_out=unused),
         }
         meta["digest"] = fmt.content_digest(meta)
+        meta["meta_sha256"] = fmt.meta_digest(meta)
         (self._folder / fmt.META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         for name in unused:  # last: a write that is killed before goes on from its commit
             (self._folder / name).unlink()

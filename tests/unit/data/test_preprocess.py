@@ -231,13 +231,20 @@ def test_the_verified_solutions_go_through_unchanged(real_data, build, tmp_path)
         assert [label == 1 for label in sample.labels_K] == [s["is_correct"] for s in solutions]
 
 
-def test_the_judged_answers_go_through_with_topk(real_data, build):
-    report = build(real_data("alpaca_eval_groups.jsonl"), partition=Partition(rule="topk", positives=8, negatives=8))
+def test_the_judged_answers_go_through_with_topk(real_data, build, tmp_path):
+    path = real_data("alpaca_eval_groups.jsonl")
+    eight = {"rule": "topk", "positives": 8, "negatives": 8}
+    report = build(path, partition=Partition(**eight, duplicates="keep"))
     assert report.schemas[0][1] == "on_policy"
     assert report.counts[why.GROUPS_READ] == 400
     assert report.counts[why.RESPONSES_READ] == 6400
     assert report.counts[why.TIED] == 340
     assert responses_balance(report.counts)
+    without = build(path, partition=Partition(**eight), output=tmp_path / "without")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    num_distinct = sum(len(set(record["all_generated_responses"])) for record in records)
+    assert without.counts[why.DUPLICATE] == 6400 - num_distinct > 0
+    assert responses_balance(without.counts)
 
 
 def test_the_worked_answers_go_through_as_sft(real_data, build):

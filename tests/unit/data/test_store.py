@@ -6,15 +6,15 @@ import json
 import math
 import os
 import pickle
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_makers import largest_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -157,7 +157,8 @@ def test_every_cut_or_changed_file_is_refused(tmp_path: Path):
         (lambda meta: meta["files"].pop("labels.npy"), "the file was changed"),
         (lambda meta: meta.update(version=99), "format version 99"),
         (lambda meta: meta.update(format="something"), "not the description of a token store"),
-        (lambda meta: meta.pop("files"), "incomplete"),
+        (lambda meta: meta.update(num_groups=2), "the file was changed"),
+        (lambda meta: meta.pop("files"), "the file was changed"),
     ],
 )
 def test_a_changed_description_is_refused(tmp_path: Path, change, message):
@@ -226,17 +227,6 @@ def test_overwrite_never_replaces_what_is_no_store(tmp_path: Path):
     assert (tmp_path / "thesis" / "chapter").read_text() == "x"
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", THREE)
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """Stands in for a full disk: every write beyond it fails in the same way."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("num_bytes", [10, 200, 2000, 4500])
