@@ -168,6 +168,8 @@ def cap_sides(responses: Sequence[ResponseRecord], sides: Sides, options: Partit
     in the order of the file. Where both together are still more than ``max_responses``, the larger side gives up its
     last, of equal sides the negatives.
     """
+    if options.max_positives is options.max_negatives is options.max_responses is None:
+        return sides, 0
     positives = [i for i, label in zip(sides.kept, sides.labels) if label == POSITIVE]
     negatives = [i for i, label in zip(sides.kept, sides.labels) if label == NEGATIVE]
     num_positives = min(len(positives), options.max_positives or len(positives))

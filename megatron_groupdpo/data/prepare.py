@@ -54,7 +54,7 @@ class GroupPreparer:
         self._tokenizer = GroupTokenizer(tokenizer or load_tokenizer(options.tokenizer), options.tokenize)
 
     def prepare(self, raw: RawRecord, where: str, schema: Schema, counts: Counts) -> PreparedGroup | None:
-        """The group, or None where it is dropped; ``counts`` says why.
+        """The group, or None where it is dropped; ``counts`` says why (but for the responses that go with a group).
 
         Raises:
             DataError: the record breaks a rule whose policy is to stop.
@@ -68,12 +68,7 @@ class GroupPreparer:
             counts[why.BAD_RECORD] += 1
             return None
         counts[why.RESPONSES_READ] += len(record.responses)
-        num_removed_before = _num_removed(counts)
-        group = self._prepare(record, schema, counts)
-        num_kept = len(group.labels) if group else 0
-        num_removed = _num_removed(counts) - num_removed_before
-        counts[why.GROUP_DROPPED] += len(record.responses) - num_removed - num_kept
-        return group
+        return self._prepare(record, schema, counts)
 
     def _prepare(self, record: GroupRecord, schema: Schema, counts: Counts) -> PreparedGroup | None:
         partition = self._options.partition
@@ -83,7 +78,8 @@ class GroupPreparer:
             distinct = distinct_responses(record.responses, partition)
             counts[why.DUPLICATE] += distinct.num_copies
             counts[why.CONTRADICTORY] += distinct.num_contradictory
-            record = replace(record, responses=distinct.responses)
+            if len(distinct.responses) < len(record.responses):
+                record = replace(record, responses=distinct.responses)
         sides = partition_group(record, partition)
         counts[why.TIED] += sides.num_ties
         counts[why.MIDDLE] += sides.num_middle
@@ -93,7 +89,9 @@ class GroupPreparer:
         if not _sides_suffice(sides.labels, partition, record.where):
             counts[why.ONE_SIDED] += 1
             return None
-        kept = replace(record, responses=tuple(record.responses[i] for i in sides.kept))
+        kept = GroupRecord(
+            prompt=record.prompt, responses=tuple(record.responses[i] for i in sides.kept), where=record.where
+        )
         tokenized = self._tokenizer.tokenize(kept, counts)
         if tokenized is None:
             return None
@@ -107,15 +105,6 @@ class GroupPreparer:
         counts[why.PROMPT_TOKENS] += len(tokenized.prompt_tokens)
         counts[why.RESPONSE_TOKENS] += sum(len(response.tokens) for response in tokenized.responses)
         return _prepared(kept, tokenized, labels)
-
-
-def _num_removed(counts: Counts) -> int:
-    """Responses dropped on their own account so far."""
-    return sum(
-        count
-        for reason, count in counts.items()
-        if (reason.unit, reason.outcome) == ("responses", "dropped") and reason != why.GROUP_DROPPED
-    )
 
 
 def _sides_suffice(labels: Iterable[int], partition: Partition, where: str) -> bool:
@@ -179,7 +168,13 @@ def prepare_chunk(preparer: GroupPreparer, chunk: Chunk) -> Prepared:
         group = preparer.prepare(parse_raw(raw, where), where, schema, counts)
         if group is not None:
             prepared.append(group)
+    counts[why.GROUP_DROPPED] = counts[why.RESPONSES_READ] - counts[why.RESPONSES_KEPT] - _num_dropped(counts)
     return Prepared(pack_groups(prepared) if prepared else None, counts)
+
+
+def _num_dropped(counts: Counts) -> int:
+    """Responses dropped on their own account."""
+    return sum(n for reason, n in counts.items() if (reason.unit, reason.outcome) == ("responses", "dropped"))
 
 
 _worker_preparer: GroupPreparer | None = None

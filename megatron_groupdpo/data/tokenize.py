@@ -126,7 +126,7 @@ class GroupTokenizer:
                 continue
             texts.append(response.text)
             kept.append(index)
-        prompt, *encoded = self._tokenizer.encode_many(texts)  # each call costs, so there is one a group
+        prompt, *encoded = self._tokenizer.encode_many(texts)
         responses = tuple(
             TokenizedResponse(index=index, tokens=_int32([*tokens, self._eos_id]))
             for index, tokens in zip(kept, encoded)
