@@ -21,8 +21,11 @@ from hypothesis import strategies as st
 
 from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.preprocess import Listeners
+from megatron_groupdpo.data.prepare import PreprocessOptions
+from megatron_groupdpo.data.preprocess import Listeners, preprocess
 from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.data.tokenize import TokenizeOptions
+from megatron_groupdpo.data.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import DataError
 
 NUM_RECORDS = 300  # five chunks
@@ -210,9 +213,10 @@ def test_a_killed_command_goes_on_and_its_workers_end(repository, sentencepiece_
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
     assert not (tmp_path / "out").exists()
-    again = subprocess.run(
-        [*command, tmp_path / "out"], cwd=repository, env=environment, capture_output=True, text=True
+    options = PreprocessOptions(
+        tokenizer=TokenizerOptions(kind="SentencePieceTokenizer", model=str(sentencepiece_model)),
+        tokenize=TokenizeOptions(seq_length=64),
     )
-    assert again.returncode == 0, again.stderr
+    preprocess([str(path)], tmp_path / "out", options)
     assert len(TokenStore.open(tmp_path / "out")) == 60 * 200
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["in.jsonl", "out"]
