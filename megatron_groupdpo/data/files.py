@@ -1,8 +1,8 @@
 """Files to raw records in a fixed order, each with its line or row.
 
 JSON is read record by record here rather than through ``datasets``, so that an error can name the line, memory
-stays bounded, and parsing can be left to worker processes. Parquet, Arrow and named datasets go through
-``datasets`` in streaming mode, which writes no cache; their number is the 1-based row.
+stays bounded, and parsing can be left to worker processes. Parquet and Arrow are read in small batches of rows; named
+datasets go through ``datasets`` in streaming mode, which writes no cache. Their number is the 1-based row.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ Raw = bytes | RawRecord
 """A record as it is read: JSON text, parsed later and elsewhere, or the row of a table."""
 
 _LONGEST_FIRST_LINE = 1 << 20
+_BATCH_ROWS = 64
 
 
 def expand_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
@@ -233,15 +234,46 @@ def _excerpt(text: str, position: int) -> str:
 
 
 def _read_columnar(source: str) -> Iterator[tuple[Raw, int]]:
-    import datasets
-
-    builder = COLUMNAR[kind_of(Path(source)) or ""]
+    kind = COLUMNAR[kind_of(Path(source)) or ""]
     try:
-        rows = datasets.load_dataset(builder, data_files=source, split="train", streaming=True)
-        yield from _numbered(rows)
+        yield from _numbered(_parquet_rows(source) if kind == "parquet" else _arrow_rows(source))
     except Exception as error:
         # pyarrow and datasets raise many kinds for a damaged file
-        raise DataError(f"{source}: cannot be read as {builder} ({error}); write it again") from None
+        raise DataError(f"{source}: cannot be read as {kind} ({error}); write it again") from None
+
+
+def _parquet_rows(source: str) -> Iterator[RawRecord]:
+    import pyarrow.parquet
+
+    # datasets would hold whole row groups; unbuffered, a page of each column is enough
+    with pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 16) as file:
+        yield from _rows(file.schema_arrow, file.iter_batches(_BATCH_ROWS, use_threads=False))
+
+
+def _arrow_rows(source: str) -> Iterator[RawRecord]:
+    """Both of Arrow's layouts; ``datasets`` writes streams."""
+    import pyarrow
+
+    with pyarrow.OSFile(source) as stream:
+        try:
+            file = pyarrow.ipc.open_file(stream)
+        except pyarrow.ArrowInvalid:
+            stream.seek(0)
+            reader = pyarrow.ipc.open_stream(stream)
+            yield from _rows(reader.schema, reader)
+            return
+        yield from _rows(file.schema, (file.get_batch(i) for i in range(file.num_record_batches)))
+
+
+def _rows(schema: Any, batches: Iterable[Any]) -> Iterator[RawRecord]:
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    is_coded = any(datasets.features.features.require_decoding(feature) for feature in features.values())
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                yield features.decode_example(row) if is_coded else row
 
 
 def _read_dataset(source: str) -> Iterator[tuple[Raw, int]]:

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -39,6 +41,25 @@ def test_every_kind_gives_the_same_records(tmp_path: Path):
     for source in sources:
         expected = RECORDS[:1] if "f2" in source else RECORDS
         assert [record for record, _ in read_records(source)] == expected, source
+
+
+def test_mixed_types_in_a_table_come_back_as_they_were(tmp_path: Path):
+    records = [{"prompt": "a", "scores": {"u": 1}}, {"prompt": "b", "scores": {"v": [2.5, "x"]}}]
+    features = datasets.Features({"prompt": datasets.Value("string"), "scores": datasets.Json()})
+    datasets.Dataset.from_list(records, features=features).to_parquet(tmp_path / "a.parquet")
+    assert [record for record, _ in read_records(str(tmp_path / "a.parquet"))] == records
+
+
+def test_a_table_is_read_in_batches_of_one_row_group(tmp_path: Path):
+    table = pyarrow.table({"prompt": [f"p{i}" for i in range(1000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
+    with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as stream:
+        with pyarrow.ipc.new_file(stream, table.schema) as writer:
+            writer.write_table(table, max_chunksize=300)
+    for name in ("a.parquet", "b.arrow"):
+        read = list(read_records(str(tmp_path / name)))
+        assert [record["prompt"] for record, _ in read] == [f"p{i}" for i in range(1000)]
+        assert [where for _, where in read] == [f"{tmp_path / name}:{row}" for row in range(1, 1001)]
 
 
 def test_a_saved_dataset_is_one_source(tmp_path: Path):

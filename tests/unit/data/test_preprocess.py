@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -72,11 +73,13 @@ def test_contents_do_not_depend_on_the_number_of_workers(write_lines, build, tmp
     assert first.counts == second.counts
 
 
-def test_an_error_in_a_worker_names_the_first_bad_line(write_lines, build, tmp_path):
+def test_an_error_in_a_worker_names_the_first_bad_line(build, tmp_path):
     records = [labelled(f"{i}", 1, -1) for i in range(200)]
     records[70]["responses"] = []
     records[150]["responses"] = 3
-    path = write_lines(records)
+    path = tmp_path / "groups.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode())
+    path.write_bytes(whole[:-9])  # reading fails while line 71 is on its way to a worker
     with pytest.raises(DataError, match=rf"^{path}:71: "):
         build(path, workers=2)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
