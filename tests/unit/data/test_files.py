@@ -53,9 +53,8 @@ def test_mixed_types_in_a_table_come_back_as_they_were(tmp_path: Path):
 def test_a_table_is_read_in_batches_of_one_row_group(tmp_path: Path):
     table = pyarrow.table({"prompt": [f"p{i}" for i in range(1000)]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
-    with pyarrow.OSFile(str(tmp_path / "b.arrow"), "wb") as stream:
-        with pyarrow.ipc.new_file(stream, table.schema) as writer:
-            writer.write_table(table, max_chunksize=300)
+    with pyarrow.ipc.new_file(str(tmp_path / "b.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=300)
     for name in ("a.parquet", "b.arrow"):
         read = list(read_records(str(tmp_path / name)))
         assert [record["prompt"] for record, _ in read] == [f"p{i}" for i in range(1000)]
