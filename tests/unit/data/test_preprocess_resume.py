@@ -26,7 +26,7 @@ from megatron_groupdpo.data.preprocess import Listeners, preprocess
 from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.data.tokenize import TokenizeOptions
 from megatron_groupdpo.data.tokenizer import TokenizerOptions
-from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.errors import DataError, UserError
 
 NUM_RECORDS = 300  # five chunks
 
@@ -193,6 +193,19 @@ def test_a_named_dataset_that_changed_since_is_refused(build, tmp_path):
             assert build(f"hf:{folder}").records_resumed > 0
             assert contents(tmp_path / "store") == contents(tmp_path / "whole")
             (tmp_path / "store").rename(tmp_path / "first")
+
+
+def test_a_worker_that_dies_is_told_of_and_its_work_is_done_again(inputs, build, tmp_path):
+    def kill_a_worker(done: int) -> None:
+        for child in psutil.Process().children():
+            if "spawn_main" in " ".join(child.cmdline()):
+                child.kill()
+
+    with pytest.raises(UserError, match="a worker process died"):
+        build(inputs, workers=2, listeners=Listeners(on_progress=kill_a_worker), commit_seconds=0.0)
+    assert build(inputs).records_resumed > 0
+    build(inputs, output=tmp_path / "whole")
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
 def test_a_killed_command_goes_on_and_its_workers_end(repository, sentencepiece_model, tmp_path):
