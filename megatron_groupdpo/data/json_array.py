@@ -74,8 +74,8 @@ class _Text:
             except RecursionError:
                 self.fail(number, "nested too deeply")
             else:
-                # a number may go on in the next block
-                if end < len(self._buffer) or self._ended:
+                # A number may go on in the next block: "1" as "1e+5".
+                if end + len("e+5") <= len(self._buffer) or not isinstance(value, int | float) or self._ended:
                     self._at = end
                     return value
             # Twice as much each time: a long value is parsed from its start again, a few times.
