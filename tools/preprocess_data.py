@@ -26,7 +26,8 @@ example:
       --tokenizer-type HuggingFaceTokenizer --tokenizer-model path/to/hf_folder \\
       --seq-length 2048 --partition topk --positives 8 --negatives 8
 
-The summary at the end says what was kept, dropped and truncated, and why.
+The summary at the end says what was kept, dropped and truncated, and why. After a kill or a full disk the same
+command goes on where it was.
 """
 
 
@@ -84,11 +85,31 @@ def build_parser() -> argparse.ArgumentParser:
         default="label",
         metavar=_choices(partition.PartitionRule),
         help="label (default): as the data say; topk: the best values against the worst; threshold; "
-        "mean: above against below the group's mean; rank: the best value against the rest",
+        "mean: above against below the group's mean; rank: the best value against the rest; "
+        "best-worst: one of the best against one of the worst; random-pair: two of different values",
     )
     sides.add_argument("--positives", type=int, metavar="K", help="best responses to take (topk)")
     sides.add_argument("--negatives", type=int, metavar="K", help="worst responses to take (topk)")
     sides.add_argument("--threshold", type=float, metavar="X", help="a value >= X is positive (threshold)")
+    sides.add_argument("--seed", type=int, metavar="N", help="of the drawn pairs (random-pair; default 0)")
+    sides.add_argument(
+        "--duplicates",
+        default="drop",
+        metavar=_choices(partition.Duplicates),
+        help="equal responses of a group: the first stays, with the mean of their values, and where labels decide "
+        "and differ, none does (drop, default); or all stay (keep)",
+    )
+    for side, order in (
+        ("positives", "the best"),
+        ("negatives", "the worst"),
+        ("responses", "of the larger side fewer"),
+    ):
+        sides.add_argument(
+            f"--max-{side}",
+            type=int,
+            metavar="N",
+            help=f"most {side} of a group: {order} stay, without values the first",
+        )
     sides.add_argument(
         "--one-sided",
         default="drop",
@@ -149,13 +170,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
         return 130
 
 
 def _run(args: argparse.Namespace) -> int:
     # Here, because worker processes import this file and need nothing of what this brings in.
-    from megatron_groupdpo.data.preprocess import preprocess
+    from megatron_groupdpo.data.preprocess import Listeners, preprocess
 
     options = PreprocessOptions(
         tokenizer=TokenizerOptions(
@@ -173,6 +194,11 @@ def _run(args: argparse.Namespace) -> int:
             positives=args.positives,
             negatives=args.negatives,
             threshold=args.threshold,
+            seed=args.seed,
+            duplicates=args.duplicates,
+            max_positives=args.max_positives,
+            max_negatives=args.max_negatives,
+            max_responses=args.max_responses,
             one_sided=args.one_sided,
         ),
         schema=args.schema,
@@ -188,8 +214,11 @@ def _run(args: argparse.Namespace) -> int:
             options,
             overwrite=args.overwrite,
             workers=args.workers,
-            on_schema=lambda source, schema: bar.write(f"{source}: schema {schema.name}", file=sys.stderr),
-            on_progress=bar.update,
+            listeners=Listeners(
+                on_schema=lambda source, schema: bar.write(f"{source}: schema {schema.name}", file=sys.stderr),
+                on_progress=bar.update,
+                on_note=lambda note: bar.write(note, file=sys.stderr),
+            ),
         )
     print(summary_table(report.counts))
     print(f"token store: {args.output} (digest {report.digest[:16]})")

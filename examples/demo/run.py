@@ -74,7 +74,8 @@ def main() -> None:
         sample_groups(demo, warm, name)
     demo.say(5, "group records to token stores")
     for name in ("train", "held_out"):
-        preprocess(demo, f"{name}_groups.jsonl", f"{name}.store", "--partition", "label")
+        # the policy's own samples: how often one comes up counts
+        preprocess(demo, f"{name}_groups.jsonl", f"{name}.store", "--partition", "label", "--duplicates", "keep")
     demo.say(6, "reference log-probabilities, once")
     stores = [demo.folder / f"{name}.store" for name in ("train", "held_out")]
     reference = demo.folder / "reference"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 
 class Reason(NamedTuple):
@@ -28,8 +29,12 @@ PROMPT_CUT = Reason("groups", "truncated", "prompt cut from the left")
 
 RESPONSES_READ = Reason("responses", "read")
 RESPONSES_KEPT = Reason("responses", "kept")
+DUPLICATE = Reason("responses", "dropped", "equal to an earlier response of the group")
+CONTRADICTORY = Reason("responses", "dropped", "equal to another response with the other label")
 TIED = Reason("responses", "dropped", "tied at the boundary")
 MIDDLE = Reason("responses", "dropped", "neither among the best nor the worst")
+NOT_DRAWN = Reason("responses", "dropped", "not in the drawn pair")
+CAPPED = Reason("responses", "dropped", "beyond the most positives, negatives or responses of a group")
 EMPTY_RESPONSE = Reason("responses", "dropped", "empty")
 TOO_LONG = Reason("responses", "dropped", "longer than the sequence length")
 NO_PREFIX = Reason("responses", "dropped", "chat template: the prompt is no prefix")
@@ -60,3 +65,8 @@ def summary_table(counts: Counts) -> str:
 def counts_as_json(counts: Counts) -> list[list[str | int]]:
     """``[[unit, outcome, reason, count], ...]`` in a fixed order."""
     return [[*reason, count] for reason, count in sorted(counts.items()) if count]
+
+
+def counts_from_json(record: Iterable[Sequence[Any]]) -> Counts:
+    """Inverse of :func:`counts_as_json`."""
+    return Counts({Reason(unit, outcome, reason): count for unit, outcome, reason, count in record})

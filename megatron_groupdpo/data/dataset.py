@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +12,15 @@ from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupSample
 
+_BLOCK_GROUPS = 1 << 20  # groups looked at at once
+
 
 class GroupDataset:
     """Token stores one after the other; group and response ids run on from store to store."""
 
     def __init__(self, stores: Sequence[TokenStore]) -> None:
         self.stores = tuple(stores)
-        self._first_group = np.cumsum([0, *(len(store) for store in self.stores)])
+        self.first_group = np.cumsum([0, *(len(store) for store in self.stores)])
         self.first_response = np.cumsum([0, *(store.num_responses for store in self.stores)])
 
     @classmethod
@@ -42,7 +43,7 @@ class GroupDataset:
         return cls(stores)
 
     def __len__(self) -> int:
-        return int(self._first_group[-1])
+        return int(self.first_group[-1])
 
     @property
     def num_responses(self) -> int:
@@ -72,24 +73,33 @@ class GroupDataset:
         return self.stores[index].where(local)
 
     def _place(self, group_id: int) -> tuple[int, int]:
-        index = int(np.searchsorted(self._first_group, group_id, side="right")) - 1
-        return index, group_id - int(self._first_group[index])
+        index = int(np.searchsorted(self.first_group, group_id, side="right")) - 1
+        return index, group_id - int(self.first_group[index])
 
 
 def split_by_prompt(dataset: GroupDataset, valid_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Group ids [int64] for training and for validation; groups with equal prompts fall on one side.
+    """Group ids for training and for validation; groups with equal prompts fall on one side.
+
+    int32 where they fit, else int64: the largest thing in memory that grows with the stores, 4 bytes a group.
 
     Raises:
         DataError: a side is left empty.
     """
-    everything = np.arange(len(dataset), dtype=np.int64)
+    dtype = np.int32 if len(dataset) <= np.iinfo(np.int32).max else np.int64
     if valid_fraction == 0:
+        everything = np.arange(len(dataset), dtype=dtype)
         return everything, everything[:0]
-    buckets = np.array([zlib.crc32(dataset[int(g)].prompt_tokens.tobytes()) for g in everything], dtype=np.int64)
-    held_out = buckets < valid_fraction * 2**32
-    if held_out.all() or not held_out.any():
+    train, held_out = [], []
+    for index, store in enumerate(dataset.stores):
+        for start in range(0, len(store), _BLOCK_GROUPS):
+            is_held_out = store.prompt_keys_G[start : start + _BLOCK_GROUPS] < valid_fraction * 2**32
+            first = dataset.first_group[index] + start
+            held_out.append((np.flatnonzero(is_held_out) + first).astype(dtype))
+            train.append((np.flatnonzero(~is_held_out) + first).astype(dtype))
+    train_ids, held_out_ids = np.concatenate(train), np.concatenate(held_out)
+    if not len(train_ids) or not len(held_out_ids):
         raise DataError(
             f"valid_fraction {valid_fraction} of {len(dataset)} groups leaves "
-            f"{int((~held_out).sum())} for training and {int(held_out.sum())} for validation; choose another fraction"
+            f"{len(train_ids)} for training and {len(held_out_ids)} for validation; choose another fraction"
         )
-    return everything[~held_out], everything[held_out]
+    return train_ids, held_out_ids

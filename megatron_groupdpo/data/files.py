@@ -1,23 +1,27 @@
-"""Files to raw records: ``(record, "file:line")`` in a fixed order.
+"""Files to raw records in a fixed order, each with its line or row.
 
-JSON Lines are read line by line here rather than through ``datasets``, so that an error can name the line and
-memory stays bounded. Parquet, Arrow and named datasets go through ``datasets`` in streaming mode, which writes
-no cache; their second number is the 1-based row.
+JSON is read record by record here rather than through ``datasets``, so that an error can name the line, memory
+stays bounded, and parsing can be left to worker processes. Parquet and Arrow are read in small batches of rows; named
+datasets go through ``datasets`` in streaming mode, which writes no cache. Their number is the 1-based row.
 """
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import io
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
+from megatron_groupdpo.data import json_array
 from megatron_groupdpo.errors import DataError
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -28,6 +32,11 @@ DATASET_PREFIX = "hf:"
 """``hf:owner/name`` or ``hf:owner/name:split`` names a dataset of the Hugging Face hub."""
 
 RawRecord = dict[str, Any]
+Raw = bytes | RawRecord
+"""A record as it is read: JSON text, parsed later and elsewhere, or the row of a table."""
+
+_LONGEST_FIRST_LINE = 1 << 20
+_BATCH_ROWS = 64
 
 
 def expand_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
@@ -57,11 +66,13 @@ def expand_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(sources)
 
 
-def read_records(source: str) -> Iterator[tuple[RawRecord, str]]:
-    """The records of one source, as :func:`expand_inputs` names it.
+def read_raw(source: str) -> Iterator[tuple[Raw, int]]:
+    """The records of one source, as :func:`expand_inputs` names it, before their JSON is parsed; and line or row.
+
+    At most one record of a JSON file is in memory at a time; of a columnar file, one batch of rows.
 
     Raises:
-        DataError: broken JSON, bad UTF-8, a record that is no object, a cut-short archive, no record at all.
+        DataError: a cut-short archive, a JSON array that is broken between its records, no record at all.
     """
     if source.startswith(DATASET_PREFIX) or Path(source).is_dir():
         records = _read_dataset(source)
@@ -70,13 +81,45 @@ def read_records(source: str) -> Iterator[tuple[RawRecord, str]]:
     else:
         records = _read_json(source)
     empty = True
-    for record, where in records:
+    for record in records:
         empty = False
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: a record must be a JSON object, got {type(record).__name__}")
-        yield record, where
+        yield record
     if empty:
         raise DataError(f"{source}: the file holds no record; remove it from --input or write it again")
+
+
+def parse_raw(raw: Raw, where: str) -> RawRecord:
+    """The record of a line or row.
+
+    Raises:
+        DataError: broken JSON, bad UTF-8, or a record that is no object.
+    """
+    record = _loads(_decode(raw, where), where) if isinstance(raw, bytes) else raw
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: a record must be a JSON object, got {type(record).__name__}")
+    return record
+
+
+def read_records(source: str) -> Iterator[tuple[RawRecord, str]]:
+    """The parsed records of one source, each with its ``file:line``.
+
+    Raises:
+        DataError: as :func:`read_raw` and :func:`parse_raw`.
+    """
+    for raw, row in read_raw(source):
+        where = f"{source}:{row}"
+        yield parse_raw(raw, where), where
+
+
+def approximate_size(raw: Any) -> int:
+    """Characters of a record, to bound what is in memory at once."""
+    if isinstance(raw, str | bytes):
+        return len(raw)
+    if isinstance(raw, Mapping):
+        return sum(map(approximate_size, raw.values()))
+    if isinstance(raw, list | tuple):
+        return sum(map(approximate_size, raw))
+    return 8
 
 
 def kind_of(path: Path) -> str | None:
@@ -121,39 +164,48 @@ def _open_bytes(source: str) -> Iterator[IO[bytes]]:
         else:
             with open(source, "rb") as stream:
                 yield stream
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{source}: the archive is cut short or damaged ({error}); copy it again") from None
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror or error})") from None
 
 
-def _read_json(source: str) -> Iterator[tuple[Any, str]]:
+def _read_json(source: str) -> Iterator[tuple[Raw, int]]:
     with _open_bytes(source) as stream:
-        if kind_of(Path(source)) in JSON_FILES:
-            content = _decode(stream.read(), source)
-            if not content.strip():
-                return
-            if content.lstrip()[0] == "[":
-                for row, record in enumerate(_loads(content, source), start=1):
-                    yield record, f"{source}:{row}"
-                return
-            if _is_one_document(content):
-                yield json.loads(content), f"{source}:1"
-                return
-            lines: Any = (line.encode() for line in content.splitlines(keepends=True))
+        if kind_of(Path(source)) in JSON_LINES:
+            yield from _lines(stream)
+            return
+        first = _first_line(stream)
+        if first.lstrip()[:1] == b"[":
+            yield from json_array.records(first, stream, source)
+        elif not first.strip() or _is_json(first):
+            yield from _lines(itertools.chain(io.BytesIO(first), stream))
         else:
-            lines = stream
-        for number, line in enumerate(lines, start=1):
-            where = f"{source}:{number}"
-            text = _decode(line, where)
-            if text.strip():
-                yield _loads(text, where), where
+            yield first + stream.read(), 1  # one object over several lines
 
 
-def _is_one_document(content: str) -> bool:
+def _lines(lines: Iterable[bytes]) -> Iterator[tuple[Raw, int]]:
+    for number, line in enumerate(lines, start=1):
+        if line.removeprefix(codecs.BOM_UTF8).strip():
+            yield line, number
+
+
+def _first_line(stream: IO[bytes]) -> bytes:
+    """Everything up to the end of the first line that is not blank; of a very long line, its beginning."""
+    read = b""
+    while not read.removeprefix(codecs.BOM_UTF8).strip():
+        line = stream.readline(_LONGEST_FIRST_LINE)
+        if not line:
+            break
+        read = read.removeprefix(codecs.BOM_UTF8) + line
+    read = read.removeprefix(codecs.BOM_UTF8)
+    return read if read.lstrip()[:1] == b"[" or read.endswith(b"\n") else read + stream.readline()
+
+
+def _is_json(line: bytes) -> bool:
     try:
-        json.loads(content)
-    except (json.JSONDecodeError, RecursionError):
+        json.loads(line)
+    except (ValueError, RecursionError):
         return False
     return True
 
@@ -181,22 +233,50 @@ def _excerpt(text: str, position: int) -> str:
     return repr(text[max(0, position - 20) : position + 20])
 
 
-def _read_columnar(source: str) -> Iterator[tuple[Any, str]]:
-    import datasets
-
-    builder = COLUMNAR[kind_of(Path(source)) or ""]
+def _read_columnar(source: str) -> Iterator[tuple[Raw, int]]:
+    kind = COLUMNAR[kind_of(Path(source)) or ""]
     try:
-        rows = datasets.load_dataset(builder, data_files=source, split="train", streaming=True)
-        for row, record in enumerate(rows, start=1):
-            yield record, f"{source}:{row}"
-    except DataError:
-        raise
+        yield from _numbered(_parquet_rows(source) if kind == "parquet" else _arrow_rows(source))
     except Exception as error:
         # pyarrow and datasets raise many kinds for a damaged file
-        raise DataError(f"{source}: cannot be read as {builder} ({error}); write it again") from None
+        raise DataError(f"{source}: cannot be read as {kind} ({error}); write it again") from None
 
 
-def _read_dataset(source: str) -> Iterator[tuple[Any, str]]:
+def _parquet_rows(source: str) -> Iterator[RawRecord]:
+    import pyarrow.parquet
+
+    # datasets would hold whole row groups; unbuffered, a page of each column is enough
+    with pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=1 << 16) as file:
+        yield from _rows(file.schema_arrow, file.iter_batches(_BATCH_ROWS, use_threads=False))
+
+
+def _arrow_rows(source: str) -> Iterator[RawRecord]:
+    """Both of Arrow's layouts; ``datasets`` writes streams."""
+    import pyarrow
+
+    with pyarrow.OSFile(source) as stream:
+        try:
+            file = pyarrow.ipc.open_file(stream)
+        except pyarrow.ArrowInvalid:
+            stream.seek(0)
+            reader = pyarrow.ipc.open_stream(stream)
+            yield from _rows(reader.schema, reader)
+            return
+        yield from _rows(file.schema, (file.get_batch(i) for i in range(file.num_record_batches)))
+
+
+def _rows(schema: Any, batches: Iterable[Any]) -> Iterator[RawRecord]:
+    import datasets
+
+    features = datasets.Features.from_arrow_schema(schema)
+    is_coded = any(datasets.features.features.require_decoding(feature) for feature in features.values())
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            for row in batch.slice(start, _BATCH_ROWS).to_pylist():
+                yield features.decode_example(row) if is_coded else row
+
+
+def _read_dataset(source: str) -> Iterator[tuple[Raw, int]]:
     import datasets
 
     try:
@@ -205,12 +285,27 @@ def _read_dataset(source: str) -> Iterator[tuple[Any, str]]:
             rows: Any = datasets.load_dataset(name, split=split or "train", streaming=True)
         else:
             rows = datasets.load_from_disk(source)
+        yield from _numbered(rows)
     except Exception as error:
         raise DataError(
             f"{source}: cannot be loaded as a dataset ({error}); check the name, the split and the network"
         ) from None
-    for row, record in enumerate(rows, start=1):
-        yield record, f"{source}:{row}"
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[Raw, int]]:
+    return ((record, row) for row, record in enumerate(rows, start=1))
+
+
+def identify(source: str) -> list[Any] | None:
+    """What changes when a source does: path, size and time of its files. None for ``hf:`` names."""
+    if source.startswith(DATASET_PREFIX):
+        return None
+    path = Path(source)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    try:
+        return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror or error})") from None
 
 
 def count_records(source: str) -> int | None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megatron_groupdpo.errors import ConfigError, DataError
-from megatron_groupdpo.types import NEGATIVE, POSITIVE, ResponseRecord
+from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, ResponseRecord, Text
 
-PartitionRule = Literal["label", "topk", "threshold", "mean", "rank"]
+PartitionRule = Literal["label", "topk", "threshold", "mean", "rank", "best-worst", "random-pair"]
 OneSided = Literal["drop", "keep", "error"]
+Duplicates = Literal["drop", "keep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,13 +24,25 @@ class Partition:
     rule: PartitionRule = "label"
     """``label``: as the data say. ``topk``: the ``positives`` best values against the ``negatives`` worst.
     ``threshold``: value >= ``threshold`` against the rest. ``mean``: above against below the group's mean.
-    ``rank``: every response at the best value against the rest."""
+    ``rank``: every response at the best value against the rest. ``best-worst``: one response at the best value
+    against one at the worst. ``random-pair``: two responses of different values drawn at random, the better one
+    positive; without values, a random positive and a random negative of the labels."""
     positives: int | None = None
     """Number of positives, for ``topk``."""
     negatives: int | None = None
     """Number of negatives, for ``topk``."""
     threshold: float | None = None
     """For ``threshold``."""
+    seed: int | None = None
+    """For ``random-pair`` (None there: 0). A draw depends on the seed and the group's own texts alone."""
+    duplicates: Duplicates = "drop"
+    """Equal responses of a group: one of them stays, see :func:`distinct_responses`; or all do."""
+    max_positives: int | None = None
+    """Most positives of a group; see :func:`cap_sides`."""
+    max_negatives: int | None = None
+    """Most negatives of a group."""
+    max_responses: int | None = None
+    """Most responses of a group."""
     one_sided: OneSided = "drop"
     """A group left without positives or without negatives: dropped, kept for its NLL term (only where it has
     positives), or refused."""
@@ -35,6 +50,16 @@ class Partition:
     def __post_init__(self) -> None:
         _check_choice("--partition", self.rule, get_args(PartitionRule))
         _check_choice("--one-sided", self.one_sided, get_args(OneSided))
+        _check_choice("--duplicates", self.duplicates, get_args(Duplicates))
+        for flag, most, least in (
+            ("--max-positives", self.max_positives, 1),
+            ("--max-negatives", self.max_negatives, 1),
+            ("--max-responses", self.max_responses, 2),
+        ):
+            if most is not None and most < least:
+                raise ConfigError(f"{flag} must be at least {least}, got {most}")
+        if self.rule != "random-pair" and self.seed is not None:
+            raise ConfigError(f"--seed belongs to --partition random-pair, not to {self.rule!r}; leave it out")
         sizes = (self.positives, self.negatives)
         if self.rule == "topk" and any(size is None or size < 1 for size in sizes):
             raise ConfigError(
@@ -64,30 +89,105 @@ class Sides:
     num_ties: int = 0
     """Responses dropped because they tie at the boundary."""
     num_middle: int = 0
-    """Responses dropped because they are neither among the best nor among the worst (``topk``)."""
+    """Responses dropped because they are neither among the best nor among the worst (``topk``, ``best-worst``)."""
+    num_not_drawn: int = 0
+    """Responses dropped because they are not in the pair (``random-pair``)."""
 
 
-def partition_group(responses: Sequence[ResponseRecord], options: Partition, where: str) -> Sides:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distinct:
+    """A group's responses without copies."""
+
+    responses: tuple[ResponseRecord, ...]
+    num_copies: int = 0
+    """Dropped because an earlier response is equal."""
+    num_contradictory: int = 0
+    """Dropped because an equal response has the other label."""
+
+
+def distinct_responses(responses: Sequence[ResponseRecord], options: Partition) -> Distinct:
+    """One of each set of equal texts: the first stays where it is, with the mean of their values.
+
+    Where the rule goes by labels and equal texts have both, none of them stays: such a text prefers itself to itself.
+    """
+    copies: dict[Text, list[ResponseRecord]] = {}
+    for response in responses:
+        copies.setdefault(response.text, []).append(response)
+    if len(copies) == len(responses):
+        return Distinct(responses=tuple(responses))
+    kept, num_contradictory = [], 0
+    for same in copies.values():
+        if _goes_by_labels(same, options) and len({response.label for response in same}) > 1:
+            num_contradictory += len(same)
+            continue
+        values = [response.value for response in same if response.value is not None]
+        if len(set(values)) > 1:  # the mean of equal numbers may differ from them by rounding
+            kept.append(replace(same[0], value=math.fsum(values) / len(values)))
+        else:
+            kept.append(same[0])
+    num_copies = len(responses) - len(kept) - num_contradictory
+    return Distinct(responses=tuple(kept), num_copies=num_copies, num_contradictory=num_contradictory)
+
+
+def partition_group(record: GroupRecord, options: Partition) -> Sides:
     """Split one group.
 
     Raises:
         DataError: the rule needs labels or values that the record does not give.
     """
-    if options.rule == "label":
+    responses, where = record.responses, record.where
+    if not responses:
+        return _sides(())
+    if _goes_by_labels(responses, options):
         labels = [response.label for response in responses]
         if any(label is None for label in labels):
+            needs = "a label" if options.rule == "label" else "a value or a label"
             raise DataError(
-                f"{where}: --partition label needs a label on every response, but the record gives none; "
+                f"{where}: --partition {options.rule} needs {needs} on every response, but the record gives none; "
                 "choose --partition topk, threshold, mean or rank, or add labels"
             )
-        return _sides(tuple(label or 0 for label in labels))
+        signs = tuple(label or 0 for label in labels)
+        return _random_of_sides(record, signs, options) if options.rule == "random-pair" else _sides(signs)
     values = [math.nan if response.value is None else response.value for response in responses]
     if any(math.isnan(value) for value in values):
         raise DataError(
             f"{where}: --partition {options.rule} needs a value on every response, but the record gives none; "
             "choose --partition label, or add scores"
         )
+    if options.rule == "best-worst":
+        return _best_worst(responses, values)
+    if options.rule == "random-pair":
+        return _random_pair(record, values, options)
     return _RULES[options.rule](values, options)
+
+
+def cap_sides(responses: Sequence[ResponseRecord], sides: Sides, options: Partition) -> tuple[Sides, int]:
+    """``sides`` within the group's largest sizes, and how many responses that drops.
+
+    Positives with the highest values stay, negatives with the lowest; equal ones, and all where there are no values,
+    in the order of the file. Where both together are still more than ``max_responses``, the larger side gives up its
+    last, of equal sides the negatives.
+    """
+    if options.max_positives is options.max_negatives is options.max_responses is None:
+        return sides, 0
+    positives = [i for i, label in zip(sides.kept, sides.labels) if label == POSITIVE]
+    negatives = [i for i, label in zip(sides.kept, sides.labels) if label == NEGATIVE]
+    num_positives = min(len(positives), options.max_positives or len(positives))
+    num_negatives = min(len(negatives), options.max_negatives or len(negatives))
+    while options.max_responses is not None and num_positives + num_negatives > options.max_responses:
+        if num_positives > num_negatives:
+            num_positives -= 1
+        else:
+            num_negatives -= 1
+    num_dropped = len(sides.kept) - num_positives - num_negatives
+    if not num_dropped:
+        return sides, 0
+    # sorted() keeps the order of the file among equals
+    best = sorted(positives, key=lambda i: -(responses[i].value or 0.0))[:num_positives]
+    worst = sorted(negatives, key=lambda i: responses[i].value or 0.0)[:num_negatives]
+    signs = dict.fromkeys(best, POSITIVE) | dict.fromkeys(worst, NEGATIVE)
+    kept = tuple(sorted(signs))
+    return replace(sides, kept=kept, labels=tuple(signs[i] for i in kept)), num_dropped
 
 
 def is_one_sided(labels: Sequence[int]) -> bool:
@@ -107,11 +207,11 @@ def topk_sizes(num_responses: int, positives: int, negatives: int) -> tuple[int,
     return max(1, num_responses * positives // total), max(1, num_responses * negatives // total)
 
 
-def _sides(signs: Sequence[int], *, num_ties: int = 0, num_middle: int = 0) -> Sides:
+def _sides(signs: Sequence[int], *, num_ties: int = 0, num_middle: int = 0, num_not_drawn: int = 0) -> Sides:
     """Signs +1, -1, or 0 for a dropped response."""
     kept = tuple(i for i, sign in enumerate(signs) if sign != 0)
     labels = tuple(signs[i] for i in kept)
-    return Sides(kept=kept, labels=labels, num_ties=num_ties, num_middle=num_middle)
+    return Sides(kept=kept, labels=labels, num_ties=num_ties, num_middle=num_middle, num_not_drawn=num_not_drawn)
 
 
 def _topk(values: Sequence[float], options: Partition) -> Sides:
@@ -157,6 +257,67 @@ def _mean(values: Sequence[float], options: Partition) -> Sides:
 def _rank(values: Sequence[float], options: Partition) -> Sides:
     best = max(values)
     return _sides([POSITIVE if value == best else NEGATIVE for value in values])
+
+
+def _best_worst(responses: Sequence[ResponseRecord], values: Sequence[float]) -> Sides:
+    best, worst = max(values), min(values)
+    if best == worst:
+        return _sides([0] * len(values), num_ties=len(values))
+    # Among equals the texts decide, not the order of the file.
+    order = sorted(range(len(values)), key=lambda i: _text_key(responses[i].text))
+    positive = next(i for i in order if values[i] == best)
+    negative = next(i for i in order if values[i] == worst)
+    num_ties = sum(value in (best, worst) for value in values) - 2
+    signs = [POSITIVE if i == positive else NEGATIVE if i == negative else 0 for i in range(len(values))]
+    return _sides(signs, num_ties=num_ties, num_middle=len(values) - 2 - num_ties)
+
+
+def _random_pair(record: GroupRecord, values: Sequence[float], options: Partition) -> Sides:
+    if min(values) == max(values):
+        return _sides([0] * len(values), num_ties=len(values))
+    order, draw = _draw_order(record), random.Random(_seed_of(record, options))
+    first, second = draw.sample(order, 2)
+    while values[first] == values[second]:
+        first, second = draw.sample(order, 2)
+    better, worse = (first, second) if values[first] > values[second] else (second, first)
+    return _pair(len(values), better, worse)
+
+
+def _random_of_sides(record: GroupRecord, signs: Sequence[int], options: Partition) -> Sides:
+    if is_one_sided(signs):
+        return _sides(signs)
+    order = _draw_order(record)
+    draw = random.Random(_seed_of(record, options))
+    positive, negative = (draw.choice([i for i in order if signs[i] == side]) for side in (POSITIVE, NEGATIVE))
+    return _pair(len(signs), positive, negative)
+
+
+def _pair(num_responses: int, positive: int, negative: int) -> Sides:
+    signs = [POSITIVE if i == positive else NEGATIVE if i == negative else 0 for i in range(num_responses)]
+    return _sides(signs, num_not_drawn=num_responses - 2)
+
+
+def _draw_order(record: GroupRecord) -> list[int]:
+    """Positions in an order that the file's order has no part in."""
+    return sorted(range(len(record.responses)), key=lambda i: _text_key(record.responses[i].text))
+
+
+def _seed_of(record: GroupRecord, options: Partition) -> int:
+    """Of the seed and the group's texts, so that neither the file's order nor the number of workers plays a part."""
+    keys = sorted(_text_key(response.text) for response in record.responses)
+    whole = b"".join([str(options.seed or 0).encode(), b":", _text_key(record.prompt), *keys])
+    return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest())
+
+
+def _text_key(text: Text) -> bytes:
+    plain = text if isinstance(text, str) else repr([(message.role, message.content) for message in text])
+    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _goes_by_labels(responses: Sequence[ResponseRecord], options: Partition) -> bool:
+    if options.rule == "random-pair":
+        return any(response.value is None for response in responses)
+    return options.rule == "label"
 
 
 _RULES: dict[str, Callable[[Sequence[float], Partition], Sides]] = {

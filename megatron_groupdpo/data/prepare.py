@@ -6,16 +6,19 @@ This is what worker processes run, so it stays clear of the store and of Megatro
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
-
-import numpy as np
+from typing import Literal, NamedTuple
 
 from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.blocks import GroupBlock, PreparedGroup, pack_groups
 from megatron_groupdpo.data.counts import Counts
-from megatron_groupdpo.data.files import RawRecord
-from megatron_groupdpo.data.partition import Partition, is_one_sided, partition_group
+from megatron_groupdpo.data.files import Raw, RawRecord, parse_raw
+from megatron_groupdpo.data.partition import Partition, cap_sides, distinct_responses, is_one_sided, partition_group
 from megatron_groupdpo.data.schemas import Schema, SchemaOptions, schema_named
 from megatron_groupdpo.data.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
 from megatron_groupdpo.data.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
@@ -43,26 +46,6 @@ class PreprocessOptions:
             schema_named(self.schema)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedGroup:
-    """A tokenized, partitioned group on its way into a store. K responses; see ``GroupSample`` for the arrays."""
-
-    prompt_tokens: np.ndarray
-    """[P] int32."""
-    response_tokens: tuple[np.ndarray, ...]
-    """K arrays [L_k] int32."""
-    response_masks: tuple[np.ndarray | None, ...]
-    """K arrays [L_k] bool, or None: all True."""
-    labels: tuple[int, ...]
-    """+1 or -1."""
-    values: tuple[float, ...]
-    """NaN where the data give none."""
-    ref_logps: tuple[float, ...]
-    """Summed reference log-probabilities; NaN where the data give none or the text was truncated."""
-    source_row: int
-    """Line or row in the source, from 1."""
-
-
 class GroupPreparer:
     """One record to one prepared group. Holds the tokenizer; each worker process has its own."""
 
@@ -71,7 +54,7 @@ class GroupPreparer:
         self._tokenizer = GroupTokenizer(tokenizer or load_tokenizer(options.tokenizer), options.tokenize)
 
     def prepare(self, raw: RawRecord, where: str, schema: Schema, counts: Counts) -> PreparedGroup | None:
-        """The group, or None where it is dropped; ``counts`` says why.
+        """The group, or None where it is dropped; ``counts`` says why (but for the responses that go with a group).
 
         Raises:
             DataError: the record breaks a rule whose policy is to stop.
@@ -85,24 +68,30 @@ class GroupPreparer:
             counts[why.BAD_RECORD] += 1
             return None
         counts[why.RESPONSES_READ] += len(record.responses)
-        num_removed_before = _num_removed(counts)
-        group = self._prepare(record, schema, counts)
-        num_kept = len(group.labels) if group else 0
-        num_removed = _num_removed(counts) - num_removed_before
-        counts[why.GROUP_DROPPED] += len(record.responses) - num_removed - num_kept
-        return group
+        return self._prepare(record, schema, counts)
 
     def _prepare(self, record: GroupRecord, schema: Schema, counts: Counts) -> PreparedGroup | None:
         partition = self._options.partition
         if schema.single_answers:
             partition = replace(partition, one_sided="keep")
-        sides = partition_group(record.responses, partition, record.where)
+        if partition.duplicates == "drop":
+            distinct = distinct_responses(record.responses, partition)
+            counts[why.DUPLICATE] += distinct.num_copies
+            counts[why.CONTRADICTORY] += distinct.num_contradictory
+            if len(distinct.responses) < len(record.responses):
+                record = replace(record, responses=distinct.responses)
+        sides = partition_group(record, partition)
         counts[why.TIED] += sides.num_ties
         counts[why.MIDDLE] += sides.num_middle
+        counts[why.NOT_DRAWN] += sides.num_not_drawn
+        sides, num_capped = cap_sides(record.responses, sides, partition)
+        counts[why.CAPPED] += num_capped
         if not _sides_suffice(sides.labels, partition, record.where):
             counts[why.ONE_SIDED] += 1
             return None
-        kept = replace(record, responses=tuple(record.responses[i] for i in sides.kept))
+        kept = GroupRecord(
+            prompt=record.prompt, responses=tuple(record.responses[i] for i in sides.kept), where=record.where
+        )
         tokenized = self._tokenizer.tokenize(kept, counts)
         if tokenized is None:
             return None
@@ -116,15 +105,6 @@ class GroupPreparer:
         counts[why.PROMPT_TOKENS] += len(tokenized.prompt_tokens)
         counts[why.RESPONSE_TOKENS] += sum(len(response.tokens) for response in tokenized.responses)
         return _prepared(kept, tokenized, labels)
-
-
-def _num_removed(counts: Counts) -> int:
-    """Responses dropped on their own account so far."""
-    return sum(
-        count
-        for reason, count in counts.items()
-        if (reason.unit, reason.outcome) == ("responses", "dropped") and reason != why.GROUP_DROPPED
-    )
 
 
 def _sides_suffice(labels: Iterable[int], partition: Partition, where: str) -> bool:
@@ -159,27 +139,63 @@ def _prepared(record: GroupRecord, tokenized: TokenizedGroup, labels: list[int])
 
 # Worker processes
 
-Chunk = list[tuple[RawRecord, str]]
-Prepared = tuple[list[PreparedGroup], Counts]
+
+class Chunk(NamedTuple):
+    """Consecutive records of one source, as they travel to a worker process."""
+
+    source: str
+    schema: str
+    """Its name."""
+    rows: list[int]
+    raws: list[Raw]
 
 
-def prepare_chunk(preparer: GroupPreparer, schema: Schema, chunk: Chunk) -> Prepared:
-    """The groups that stay, in order, and the counts."""
+class Prepared(NamedTuple):
+    """What became of a chunk."""
+
+    block: GroupBlock | None
+    """The groups that stay, in order; None where none does."""
+    counts: Counts
+
+
+def prepare_chunk(preparer: GroupPreparer, chunk: Chunk) -> Prepared:
+    """Parse and prepare every record of a chunk."""
     counts = Counts()
-    prepared = [preparer.prepare(raw, where, schema, counts) for raw, where in chunk]
-    return [group for group in prepared if group is not None], counts
+    schema = schema_named(chunk.schema)
+    prepared = []
+    for row, raw in zip(chunk.rows, chunk.raws):
+        where = f"{chunk.source}:{row}"
+        group = preparer.prepare(parse_raw(raw, where), where, schema, counts)
+        if group is not None:
+            prepared.append(group)
+    counts[why.GROUP_DROPPED] = counts[why.RESPONSES_READ] - counts[why.RESPONSES_KEPT] - _num_dropped(counts)
+    return Prepared(pack_groups(prepared) if prepared else None, counts)
+
+
+def _num_dropped(counts: Counts) -> int:
+    """Responses dropped on their own account."""
+    return sum(n for reason, n in counts.items() if (reason.unit, reason.outcome) == ("responses", "dropped"))
 
 
 _worker_preparer: GroupPreparer | None = None
 
 
 def start_worker(options: PreprocessOptions) -> None:
-    """Load the tokenizer once per worker process."""
+    """Load the tokenizer once per worker process, and end with the parent, however that ends."""
     global _worker_preparer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too and ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_preparer = GroupPreparer(options)
 
 
-def work(schema_name: str, chunk: Chunk) -> Prepared:
-    """:func:`prepare_chunk` in a worker process. The schema travels by name."""
+def work(chunk: Chunk) -> Prepared:
+    """:func:`prepare_chunk` in a worker process."""
     assert _worker_preparer is not None
-    return prepare_chunk(_worker_preparer, schema_named(schema_name), chunk)
+    return prepare_chunk(_worker_preparer, chunk)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -7,125 +7,25 @@ the prompt, sequences 1..K are the responses. Beside it lie flat arrays over gro
     labels [R] int8              values [R] float32        response_lengths [R] int32
     prompt_lengths [G] int32     source_ids [G] int32      source_rows [G] int64 (line or row in the source)
     ref_logps [R] float64        only where the records carry them; NaN where a text was truncated
+    prompt_keys [G] uint32       CRC-32 of the prompt's ids, by which a validation set is split off
     mask_rows [R] int64          only where some response is masked: its row in ``masks.bin/.idx``, or -1
+
+``store_writer.py`` writes it.
 """
 
 from __future__ import annotations
 
-import json
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_groupdpo.data import store_format as fmt
-from megatron_groupdpo.data.prepare import PreparedGroup
 from megatron_groupdpo.data.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
 from megatron_groupdpo.errors import DataError
-from megatron_groupdpo.mcore.indexed import IndexedReader, IndexedWriter, token_dtype
+from megatron_groupdpo.mcore.indexed import IndexedReader
 from megatron_groupdpo.types import GroupSample
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreIdentity:
-    """What a store was made with."""
-
-    tokenizer: Mapping[str, Any]
-    """``digest``, ``vocab_size``, ``bos_id``, ``eos_id``, ``pad_id``, ``kind``, ``model``, ``chat_template``."""
-    options: Mapping[str, Any]
-    """Everything else that decides the contents, as plain JSON."""
-
-
-class StoreWriter:
-    """Writes the files of a store into an existing empty folder; see ``store_format.whole_folder``."""
-
-    def __init__(self, folder: Path, identity: StoreIdentity) -> None:
-        self._folder, self._identity = folder, identity
-        self._tokens = IndexedWriter(folder / fmt.TOKENS, token_dtype(identity.tokenizer["vocab_size"]))
-        self._masks: IndexedWriter | None = None
-        self._num_masks = 0
-        self._first_response = array("q", [0])
-        self._labels, self._values = array("b"), array("f")
-        self._prompt_lengths, self._response_lengths = array("i"), array("i")
-        self._source_ids, self._source_rows = array("i"), array("q")
-        self._mask_rows, self._ref_logps = array("q"), array("d")
-
-    def add(self, group: PreparedGroup, source_id: int) -> None:
-        """Append one group of source ``source_id``."""
-        num_responses = len(group.response_tokens)
-        assert num_responses >= 1
-        assert len(group.prompt_tokens) >= 1
-        assert len(group.labels) == len(group.values) == len(group.ref_logps) == num_responses
-        self._tokens.add_document([group.prompt_tokens, *group.response_tokens])
-        self._first_response.append(self._first_response[-1] + num_responses)
-        self._labels.extend(group.labels)
-        self._values.extend(group.values)
-        self._ref_logps.extend(group.ref_logps)
-        self._prompt_lengths.append(len(group.prompt_tokens))
-        self._response_lengths.extend(len(tokens) for tokens in group.response_tokens)
-        self._source_ids.append(source_id)
-        self._source_rows.append(group.source_row)
-        self._mask_rows.extend(self._add_mask(mask) for mask in group.response_masks)
-
-    def finish(self, *, sources: Sequence[Mapping[str, Any]], counts: Any) -> str:
-        """Write the arrays and ``meta.json``; returns the store's digest."""
-        self._tokens.finalize()
-        arrays: dict[str, tuple[array, type]] = {
-            fmt.FIRST_RESPONSE: (self._first_response, np.int64),
-            fmt.LABELS: (self._labels, np.int8),
-            fmt.VALUES: (self._values, np.float32),
-            fmt.PROMPT_LENGTHS: (self._prompt_lengths, np.int32),
-            fmt.RESPONSE_LENGTHS: (self._response_lengths, np.int32),
-            fmt.SOURCE_IDS: (self._source_ids, np.int32),
-            fmt.SOURCE_ROWS: (self._source_rows, np.int64),
-        }
-        if self._masks is not None:
-            self._masks.finalize()
-            arrays[fmt.MASK_ROWS] = (self._mask_rows, np.int64)
-        if not np.isnan(np.frombuffer(self._ref_logps)).all():
-            arrays[fmt.REF_LOGPS] = (self._ref_logps, np.float64)
-        for name, (values, dtype) in arrays.items():
-            np.save(self._folder / name, np.frombuffer(values, dtype=dtype))
-        meta: dict[str, Any] = {
-            "format": fmt.FORMAT,
-            "version": fmt.VERSION,
-            "num_groups": len(self._prompt_lengths),
-            "num_responses": len(self._labels),
-            "num_tokens": sum(self._prompt_lengths) + sum(self._response_lengths),
-            "max_row_tokens": self._max_row_tokens(),
-            "tokenizer": dict(self._identity.tokenizer),
-            "options": dict(self._identity.options),
-            "sources": [dict(source) for source in sources],
-            "counts": counts,
-            "files": fmt.describe_files(self._folder),
-        }
-        meta["digest"] = fmt.content_digest(meta)
-        (self._folder / fmt.META).write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-        return meta["digest"]
-
-    def close(self) -> None:
-        """Release the files of a write that is given up."""
-        self._tokens.close()
-        if self._masks is not None:
-            self._masks.close()
-
-    def _add_mask(self, mask: np.ndarray | None) -> int:
-        if mask is None:
-            return -1
-        if self._masks is None:
-            self._masks = IndexedWriter(self._folder / fmt.MASKS, np.uint8)
-        self._masks.add_document([mask])
-        self._num_masks += 1
-        return self._num_masks - 1
-
-    def _max_row_tokens(self) -> int:
-        """Longest prompt + response."""
-        sizes_G = np.diff(np.frombuffer(self._first_response, dtype=np.int64))
-        prompts_R = np.repeat(np.frombuffer(self._prompt_lengths, dtype=np.int32), sizes_G)
-        return int((prompts_R + np.frombuffer(self._response_lengths, dtype=np.int32)).max(initial=0))
 
 
 class TokenStore:
@@ -150,6 +50,8 @@ class TokenStore:
         """[G] int32."""
         self.source_rows_G = self._array(fmt.SOURCE_ROWS)
         """[G] int64."""
+        self.prompt_keys_G = self._array(fmt.PROMPT_KEYS)
+        """[G] uint32."""
         self.ref_logps_R = self._array(fmt.REF_LOGPS) if fmt.REF_LOGPS in meta["files"] else None
         """[R] float64, or None where the records carry none."""
         self._mask_rows_R = self._array(fmt.MASK_ROWS) if fmt.MASK_ROWS in meta["files"] else None

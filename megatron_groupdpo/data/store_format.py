@@ -1,4 +1,4 @@
-"""The files of a token store, their digests, and the folder that appears whole or not at all.
+"""The files of a token store and their digests.
 
 ``meta.json`` lists every file with its size, its SHA-256, and a *sampled* SHA-256 over its size and at most
 64 evenly spaced blocks. Opening a store checks sizes and sampled digests, at a cost that does not grow with the
@@ -7,27 +7,23 @@ store; the full digests are for :meth:`TokenStore.verify`.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
-import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from megatron_groupdpo.errors import DataError
 
 FORMAT = "megatron_groupdpo token store"
-VERSION = 1
+VERSION = 2
 META = "meta.json"
 TOKENS = "tokens"
 MASKS = "masks"
 FIRST_RESPONSE, LABELS, VALUES = "first_response.npy", "labels.npy", "values.npy"
 PROMPT_LENGTHS, RESPONSE_LENGTHS = "prompt_lengths.npy", "response_lengths.npy"
 SOURCE_IDS, SOURCE_ROWS = "source_ids.npy", "source_rows.npy"
+PROMPT_KEYS = "prompt_keys.npy"
 MASK_ROWS, REF_LOGPS = "mask_rows.npy", "ref_logps.npy"
 
 _NUM_BLOCKS, _BLOCK_BYTES = 64, 1 << 16
@@ -53,8 +49,8 @@ def sampled_digest(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """``{name: {bytes, sha256, sampled_sha256}}`` for every file but ``meta.json``."""
+def describe_files(folder: Path, *, leave_out: Collection[str]) -> dict[str, dict[str, Any]]:
+    """``{name: {bytes, sha256, sampled_sha256}}`` for every file but ``meta.json`` and ``leave_out``."""
     return {
         path.name: {
             "bytes": path.stat().st_size,
@@ -62,7 +58,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
             "sampled_sha256": sampled_digest(path),
         }
         for path in sorted(folder.iterdir())
-        if path.name != META
+        if path.name != META and path.name not in leave_out
     }
 
 
@@ -71,6 +67,12 @@ def content_digest(meta: dict[str, Any]) -> str:
     files = {name: [entry["bytes"], entry["sha256"]] for name, entry in meta["files"].items()}
     parts = [FORMAT, meta["version"], files, meta["tokenizer"]["digest"], meta["options"]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def meta_digest(meta: dict[str, Any]) -> str:
+    """SHA-256 over all of ``meta.json`` but this number itself."""
+    rest = {key: value for key, value in meta.items() if key != "meta_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -94,13 +96,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder}: the store has format version {meta.get('version')}, this program reads {VERSION}; {way_out}"
         )
-    try:
-        computed = content_digest(meta)
-    except (KeyError, TypeError, AttributeError):
-        raise DataError(f"{folder / META}: incomplete; {way_out}") from None
-    if computed != meta.get("digest"):
+    computed = meta_digest(meta)
+    if computed != meta.get("meta_sha256"):
         raise DataError(
-            f"{folder}: the digest in {META} ({meta.get('digest')}) is not that of its contents ({computed}): "
+            f"{folder}: the digest in {META} ({meta.get('meta_sha256')}) is not that of its contents ({computed}): "
             f"the file was changed; {way_out}"
         )
     return meta
@@ -124,81 +123,3 @@ def check_files(folder: Path, meta: dict[str, Any], *, full: bool) -> None:
                 f"{path}: its digest does not match {META}: the contents changed after they were written; "
                 "copy it again or run tools/preprocess_data.py again"
             )
-
-
-@contextmanager
-def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary sibling of ``target`` to write into, renamed to ``target`` when the block ends without error.
-
-    Raises:
-        DataError: ``target`` exists and ``overwrite`` is off, or it is not a token store; the disk fails.
-    """
-    target = Path(os.path.abspath(target))
-    _check_target(target, overwrite)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        partial = target.with_name(f".{target.name}.partial-{socket.gethostname()}-{os.getpid()}")
-        partial.mkdir()
-    except OSError as error:
-        raise DataError(f"{target}: cannot be created ({error.strerror}); choose another --output") from None
-    try:
-        yield partial
-        for path in partial.iterdir():
-            _to_disk(path)
-        _replace(partial, target, overwrite)
-    except OSError as error:
-        raise DataError(
-            f"{target}: writing failed ({error.strerror or error}); nothing was kept. Free space or correct the path"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise DataError(f"{target}: exists already; pass --overwrite to replace it, or choose another --output")
-    if not (target / META).is_file():
-        raise DataError(f"{target}: --overwrite replaces token stores only, and this is none; choose another path")
-
-
-def _replace(partial: Path, target: Path, overwrite: bool) -> None:
-    _check_target(target, overwrite)  # another process may have finished first
-    if target.exists():
-        aside = target.with_name(partial.name + ".old")
-        os.rename(target, aside)
-        os.rename(partial, target)
-        shutil.rmtree(aside)
-    else:
-        os.rename(partial, target)
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Delete what a killed run on this machine left beside ``target``."""
-    prefix = f".{target.name}.partial-{socket.gethostname()}-"
-    for path in target.parent.glob(f"{glob.escape(prefix)}*"):
-        owner = path.name.removeprefix(prefix)
-        if owner.isdigit() and not _is_alive(int(owner)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(process_id: int) -> bool:
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

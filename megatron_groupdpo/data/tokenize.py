@@ -118,16 +118,20 @@ class GroupTokenizer:
 
     def _text_rows(self, record: GroupRecord, counts: Counts) -> TokenizedGroup:
         assert isinstance(record.prompt, str)
-        prompt = self._leading + self._tokenizer.encode(record.prompt)
-        responses = []
+        texts, kept = [record.prompt], []
         for index, response in enumerate(record.responses):
             assert isinstance(response.text, str)
             if _is_empty(response.text):
                 counts[why.EMPTY_RESPONSE] += 1
                 continue
-            tokens = [*self._tokenizer.encode(response.text), self._eos_id]
-            responses.append(TokenizedResponse(index=index, tokens=_int32(tokens)))
-        return TokenizedGroup(prompt_tokens=_int32(prompt), responses=tuple(responses))
+            texts.append(response.text)
+            kept.append(index)
+        prompt, *encoded = self._tokenizer.encode_many(texts)
+        responses = tuple(
+            TokenizedResponse(index=index, tokens=_int32([*tokens, self._eos_id]))
+            for index, tokens in zip(kept, encoded)
+        )
+        return TokenizedGroup(prompt_tokens=_int32(self._leading + prompt), responses=responses)
 
     def _chat_rows(self, record: GroupRecord, counts: Counts) -> TokenizedGroup | None:
         """Rows by the chat template.

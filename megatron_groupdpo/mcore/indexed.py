@@ -1,4 +1,4 @@
-"""Megatron's indexed ``.bin/.idx`` files, as a writer and a memory-mapped reader. Needs no CUDA.
+"""Megatron's indexed ``.bin/.idx`` files, an index writer and a memory-mapped reader. Needs no CUDA.
 
 Format: megatron/core/datasets/indexed_dataset.py (0.19): the ``.bin`` file holds the tokens of all sequences one
 after the other, the ``.idx`` file their lengths and byte offsets and the sequence number at which each document ends.
@@ -6,8 +6,9 @@ after the other, the ``.idx`` file their lengths and byte offsets and the sequen
 
 from __future__ import annotations
 
+import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,7 @@ import numpy as np
 with warnings.catch_warnings():
     # Importing any part of Megatron warns that Transformer Engine is absent, which files do not need.
     warnings.simplefilter("ignore", UserWarning)
-    from megatron.core.datasets.indexed_dataset import (
-        DType,
-        IndexedDataset,
-        IndexedDatasetBuilder,
-        get_bin_path,
-        get_idx_path,
-    )
+    from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, DType, IndexedDataset, get_idx_path
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:
@@ -29,26 +24,38 @@ def token_dtype(vocab_size: int) -> type[np.number]:
     return DType.optimal_dtype(vocab_size)
 
 
-class IndexedWriter:
-    """Appends documents to ``<prefix>.bin``; ``<prefix>.idx`` is written by :meth:`finalize`."""
+Blocks = Callable[[], Iterable[np.ndarray]]
+"""One integer array in pieces, as often as it is asked for."""
 
-    def __init__(self, prefix: Path, dtype: type[np.number]) -> None:
-        self._prefix = str(prefix)
-        self._builder = IndexedDatasetBuilder(get_bin_path(self._prefix), dtype=dtype)
 
-    def add_document(self, sequences: Sequence[np.ndarray]) -> None:
-        """Append one document of 1-D integer arrays."""
-        # Megatron annotates a torch tensor but calls numpy.array on what it gets.
-        tokens = np.concatenate([np.asarray(sequence) for sequence in sequences])
-        self._builder.add_document(tokens, [len(sequence) for sequence in sequences])  # type: ignore[arg-type]
+def write_index(prefix: Path, dtype: type[np.number], *, sequence_lengths: Blocks, document_sizes: Blocks) -> None:
+    """Write ``<prefix>.idx`` for a ``<prefix>.bin`` that holds the sequences one after the other.
 
-    def finalize(self) -> None:
-        """Close the token file and write the index."""
-        self._builder.finalize(get_idx_path(self._prefix))
+    Megatron's builder keeps every length in a Python list; here memory is bounded by a block.
 
-    def close(self) -> None:
-        """Close the token file without an index; for a write that is given up."""
-        self._builder.data_file.close()  # pyright: ignore[reportAttributeAccessIssue]
+    Args:
+        dtype: of the tokens.
+        sequence_lengths: tokens of each sequence.
+        document_sizes: number of sequences of each document.
+    """
+    num_sequences = sum(len(block) for block in sequence_lengths())
+    num_documents = sum(len(block) for block in document_sizes())
+    header = _INDEX_HEADER + struct.pack("<QBQQ", 1, DType.code_from_dtype(dtype), num_sequences, num_documents + 1)
+    with open(get_idx_path(str(prefix)), "wb") as stream:
+        stream.write(header)
+        for lengths in sequence_lengths():
+            stream.write(lengths.astype(np.int32).tobytes())
+        offset = 0
+        for lengths in sequence_lengths():
+            ends = offset + np.cumsum(lengths, dtype=np.int64) * np.dtype(dtype).itemsize
+            stream.write(np.concatenate([[offset], ends[:-1]]).astype(np.int64).tobytes())
+            offset = int(ends[-1])
+        stream.write(np.zeros(1, dtype=np.int64).tobytes())
+        last = 0
+        for sizes in document_sizes():
+            ends = last + np.cumsum(sizes, dtype=np.int64)
+            stream.write(ends.tobytes())
+            last = int(ends[-1])
 
 
 class IndexedReader:

@@ -14,7 +14,7 @@ from data_makers import CORPUS
 
 from megatron_groupdpo.data.partition import Partition
 from megatron_groupdpo.data.prepare import PreprocessOptions
-from megatron_groupdpo.data.preprocess import PreprocessReport, preprocess
+from megatron_groupdpo.data.preprocess import Listeners, PreprocessReport, preprocess
 from megatron_groupdpo.data.tokenize import TokenizeOptions
 from megatron_groupdpo.data.tokenizer import TokenizerOptions
 
@@ -78,6 +78,8 @@ def build(sentencepiece_model: Path, tmp_path: Path) -> Callable[..., Preprocess
         workers: int = 1,
         overwrite: bool = False,
         output: Path | None = None,
+        listeners: Listeners | None = None,
+        commit_seconds: float = 60.0,
         **options: Any,
     ) -> PreprocessReport:
         tokenizer = TokenizerOptions(kind="SentencePieceTokenizer", model=str(sentencepiece_model))
@@ -92,6 +94,8 @@ def build(sentencepiece_model: Path, tmp_path: Path) -> Callable[..., Preprocess
             ),
             workers=workers,
             overwrite=overwrite,
+            listeners=listeners,
+            commit_seconds=commit_seconds,
         )
 
     return run

@@ -1,8 +1,10 @@
-"""What the data tests make their tokenizers of."""
+"""What the data tests make their tokenizers of, and a disk that fills up."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -59,3 +61,14 @@ def train_byte_level(folder: Path, *, special: Sequence[str], chat_template: str
     fast.chat_template = chat_template
     fast.save_pretrained(str(folder))
     return folder
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """Stands in for a full disk: every write beyond it fails in the same way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

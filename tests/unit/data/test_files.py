@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -24,6 +26,7 @@ def write_all_kinds(folder: Path) -> None:
     (folder / "d.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
     (folder / "e.jsonl.zst").write_bytes(zstandard.compress(LINES.encode()))
     (folder / "f.json.gz").write_bytes(gzip.compress(json.dumps(RECORDS).encode()))
+    (folder / "f2.json").write_text(json.dumps(RECORDS[0], indent=2))
     (folder / "g.jsonl").write_bytes(b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n\r\n").encode())
     dataset = datasets.Dataset.from_list(RECORDS)
     dataset.to_parquet(folder / "h.parquet")
@@ -34,15 +37,49 @@ def write_all_kinds(folder: Path) -> None:
 def test_every_kind_gives_the_same_records(tmp_path: Path):
     write_all_kinds(tmp_path)
     sources = [source for source in expand_inputs([str(tmp_path)]) if not source.startswith(str(tmp_path / "saved"))]
-    assert [Path(source).name[0] for source in sources] == list("abcdefghi")
+    assert [Path(source).name[0] for source in sources] == list("abcdeffghi")
     for source in sources:
-        assert [record for record, _ in read_records(source)] == RECORDS, source
+        expected = RECORDS[:1] if "f2" in source else RECORDS
+        assert [record for record, _ in read_records(source)] == expected, source
+
+
+def test_mixed_types_in_a_table_come_back_as_they_were(tmp_path: Path):
+    records = [{"prompt": "a", "scores": {"u": 1}}, {"prompt": "b", "scores": {"v": [2.5, "x"]}}]
+    features = datasets.Features({"prompt": datasets.Value("string"), "scores": datasets.Json()})
+    datasets.Dataset.from_list(records, features=features).to_parquet(tmp_path / "a.parquet")
+    assert [record for record, _ in read_records(str(tmp_path / "a.parquet"))] == records
+
+
+def test_a_table_is_read_in_batches_of_one_row_group(tmp_path: Path):
+    table = pyarrow.table({"prompt": [f"p{i}" for i in range(1000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000)
+    with pyarrow.ipc.new_file(str(tmp_path / "b.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=300)
+    for name in ("a.parquet", "b.arrow"):
+        read = list(read_records(str(tmp_path / name)))
+        assert [record["prompt"] for record, _ in read] == [f"p{i}" for i in range(1000)]
+        assert [where for _, where in read] == [f"{tmp_path / name}:{row}" for row in range(1, 1001)]
 
 
 def test_a_saved_dataset_is_one_source(tmp_path: Path):
     datasets.Dataset.from_list(RECORDS).save_to_disk(tmp_path / "saved")
     (source,) = expand_inputs([str(tmp_path / "saved")])
     assert [record for record, _ in read_records(source)] == RECORDS
+
+
+def test_a_dataset_by_name_is_read_by_split(tmp_path: Path):
+    """``datasets`` takes a local folder where it takes a name of the hub."""
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text(LINES)
+    (folder / "test.jsonl").write_text(json.dumps(RECORDS[3]) + "\n")
+    for given, expected in [("", RECORDS), (":train", RECORDS), (":test", RECORDS[3:4])]:
+        (source,) = expand_inputs([f"hf:{folder}{given}"])
+        assert [record for record, _ in read_records(source)] == expected
+    assert [where for _, where in read_records(f"hf:{folder}:test")] == [f"hf:{folder}:test:1"]
+    for given in (f"hf:{folder}:validation", f"hf:{tmp_path}/none"):
+        with pytest.raises(DataError, match=r"^hf:.* cannot be loaded as a dataset .*check the name, the split"):
+            list(read_records(given))
 
 
 def test_globs_and_folders_are_read_in_name_order(tmp_path: Path):
@@ -75,6 +112,10 @@ def test_counts_where_they_are_cheap(tmp_path: Path):
         ("a.json", b"", "a.json: the file holds no record"),
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2: broken JSON"),
         ("a.json", b'[{"a": 1}, {', "a.json: broken JSON"),
+        ("a.json", b'[{"a": 1}, 2]', "a.json:2: a record must be a JSON object, got int"),
+        ("a.json", b'[{"a": 1}] {}', "a.json: broken JSON: there is more after the array's end"),
+        ("a.json", b'\n{"a": 1}\n{"a":\n', "a.json:3: broken JSON"),
+        ("a.json", b'{"a":\n1', "a.json:1: broken JSON"),
         ("a.jsonl", b'{"a": 1}\n[1]\n', "a.jsonl:2: a record must be a JSON object, got list"),
         ("a.jsonl", b'{"a": "\xff"}\n', "a.jsonl:1: must be UTF-8"),
         ("a.jsonl", b"[" * 200_000, "a.jsonl:1: broken JSON"),

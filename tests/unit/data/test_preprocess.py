@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -72,11 +73,13 @@ def test_contents_do_not_depend_on_the_number_of_workers(write_lines, build, tmp
     assert first.counts == second.counts
 
 
-def test_an_error_in_a_worker_names_the_first_bad_line(write_lines, build, tmp_path):
+def test_an_error_in_a_worker_names_the_first_bad_line(build, tmp_path):
     records = [labelled(f"{i}", 1, -1) for i in range(200)]
     records[70]["responses"] = []
     records[150]["responses"] = 3
-    path = write_lines(records)
+    path = tmp_path / "groups.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode())
+    path.write_bytes(whole[:-9])  # reading fails while line 71 is on its way to a worker
     with pytest.raises(DataError, match=rf"^{path}:71: "):
         build(path, workers=2)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
@@ -231,13 +234,20 @@ def test_the_verified_solutions_go_through_unchanged(real_data, build, tmp_path)
         assert [label == 1 for label in sample.labels_K] == [s["is_correct"] for s in solutions]
 
 
-def test_the_judged_answers_go_through_with_topk(real_data, build):
-    report = build(real_data("alpaca_eval_groups.jsonl"), partition=Partition(rule="topk", positives=8, negatives=8))
+def test_the_judged_answers_go_through_with_topk(real_data, build, tmp_path):
+    path = real_data("alpaca_eval_groups.jsonl")
+    eight = {"rule": "topk", "positives": 8, "negatives": 8}
+    report = build(path, partition=Partition(**eight, duplicates="keep"))
     assert report.schemas[0][1] == "on_policy"
     assert report.counts[why.GROUPS_READ] == 400
     assert report.counts[why.RESPONSES_READ] == 6400
     assert report.counts[why.TIED] == 340
     assert responses_balance(report.counts)
+    without = build(path, partition=Partition(**eight), output=tmp_path / "without")
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    num_distinct = sum(len(set(record["all_generated_responses"])) for record in records)
+    assert without.counts[why.DUPLICATE] == 6400 - num_distinct > 0
+    assert responses_balance(without.counts)
 
 
 def test_the_worked_answers_go_through_as_sft(real_data, build):

@@ -9,18 +9,23 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from data_makers import largest_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_groupdpo.data import store_format as fmt
-from megatron_groupdpo.data.prepare import PreparedGroup
-from megatron_groupdpo.data.store import StoreIdentity, StoreWriter, TokenStore
+from megatron_groupdpo.data.blocks import PreparedGroup
+from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.data.store_writer import StoreIdentity, StoreWriter, Written
+from megatron_groupdpo.data.work_folder import whole_folder
 from megatron_groupdpo.errors import DataError
-from megatron_groupdpo.mcore.indexed import IndexedReader, IndexedWriter, token_dtype
+from megatron_groupdpo.mcore.indexed import IndexedReader, write_index
 
 IDENTITY = {"kind": "SentencePieceTokenizer", "model": "m", "chat_template": None, "digest": "d", "vocab_size": 70_000}
 
@@ -40,14 +45,18 @@ def group(prompt: list[int], *responses: list[int], masks=None, values=None, ref
 
 def write_into(folder: Path, groups: list[PreparedGroup] | None = None, vocab_size: int = 70_000) -> None:
     identity = StoreIdentity(tokenizer=IDENTITY | {"vocab_size": vocab_size}, options={"seq_length": 64})
-    writer = StoreWriter(folder, identity)
-    for item in groups or THREE:
-        writer.add(item, 0)
-    writer.finish(sources=[{"path": "in.jsonl", "schema": "canonical"}], counts=[])
+    with closing(StoreWriter(folder, identity)) as writer:
+        for item in groups or THREE:
+            writer.add(item, 0)
+        finish(writer)
+
+
+def finish(writer: StoreWriter) -> str:
+    return writer.finish(sources=[{"path": "in.jsonl", "schema": "canonical"}], counts=[])
 
 
 def write(path: Path, groups: list[PreparedGroup], *, overwrite: bool = False, vocab_size: int = 70_000) -> Path:
-    with fmt.whole_folder(path, overwrite=overwrite) as folder:
+    with whole_folder(path, overwrite=overwrite) as folder:
         write_into(folder, groups, vocab_size)
     return path
 
@@ -124,7 +133,7 @@ def files_of(path: Path) -> Iterator[Path]:
 
 def test_every_cut_or_changed_file_is_refused(tmp_path: Path):
     path = write(tmp_path / "s", THREE)
-    assert len(list(files_of(path))) == 12
+    assert len(list(files_of(path))) == 13
     for file in files_of(path):
         content = file.read_bytes()
         file.write_bytes(content[:-1])
@@ -148,7 +157,8 @@ def test_every_cut_or_changed_file_is_refused(tmp_path: Path):
         (lambda meta: meta["files"].pop("labels.npy"), "the file was changed"),
         (lambda meta: meta.update(version=99), "format version 99"),
         (lambda meta: meta.update(format="something"), "not the description of a token store"),
-        (lambda meta: meta.pop("files"), "incomplete"),
+        (lambda meta: meta.update(num_groups=2), "the file was changed"),
+        (lambda meta: meta.pop("files"), "the file was changed"),
     ],
 )
 def test_a_changed_description_is_refused(tmp_path: Path, change, message):
@@ -193,7 +203,7 @@ def test_the_digest_follows_the_contents_alone(tmp_path: Path):
 def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path: Path):
     path = write(tmp_path / "s", THREE)
     digest = TokenStore.open(path).digest
-    with pytest.raises(RuntimeError), fmt.whole_folder(path, overwrite=True) as folder:  # noqa: PT012
+    with pytest.raises(RuntimeError), whole_folder(path, overwrite=True) as folder:  # noqa: PT012
         (folder / "half").write_text("x")
         raise RuntimeError
     assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
@@ -219,42 +229,110 @@ def test_overwrite_never_replaces_what_is_no_store(tmp_path: Path):
     write(tmp_path / "empty", THREE)
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path):
-    with pytest.raises(DataError, match="writing failed"), fmt.whole_folder(tmp_path / "s", overwrite=False) as folder:  # noqa: PT012
-        (folder / "tokens.bin").symlink_to("/dev/full")
-        write_into(folder)
+@pytest.mark.parametrize("num_bytes", [10, 200, 2000, 4500])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, num_bytes: int):
+    tokens = np.arange(1000, dtype=np.int32).tolist()  # in headers, arrays, the index, meta.json
+    with (
+        pytest.raises(DataError, match=r"writing failed \(File too large\); nothing was kept"),
+        largest_file(num_bytes),
+    ):
+        write(tmp_path / "s", [*THREE, group([1], tokens), *[group([1], [2])] * 200])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_cleared_away(tmp_path: Path):
-    code = (
-        "import os, pathlib, sys\n"
-        "from megatron_groupdpo.data.store_format import whole_folder\n"
-        "with whole_folder(pathlib.Path(sys.argv[1]), overwrite=False) as folder:\n"
-        "    (folder / 'half').write_text('x')\n"
-        "    os.kill(os.getpid(), 9)\n"
-    )
+KILLED = """
+import os, pathlib, sys
+from megatron_groupdpo.data.work_folder import whole_folder
+with whole_folder(pathlib.Path(sys.argv[1]), overwrite=False) as folder:
+    (folder / "half").write_text("x")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_run_left_is_no_store_and_is_not_in_the_way(tmp_path: Path):
     root = str(Path(__file__).resolve().parents[3])
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "s")], env=os.environ | {"PYTHONPATH": root}, timeout=120
-    )
-    assert len(list(tmp_path.iterdir())) == 1
-    assert not (tmp_path / "s").exists()
+    environment = os.environ | {"PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "s")], env=environment, timeout=120)
+    assert [entry.name for entry in tmp_path.iterdir()] == [".s.partial"]
     write(tmp_path / "s", THREE)
     assert [entry.name for entry in tmp_path.iterdir()] == ["s"]
+    assert not (tmp_path / "s" / "half").exists()
 
 
-def test_indexed_files_hold_documents_of_sequences(tmp_path: Path):
-    writer = IndexedWriter(tmp_path / "t", token_dtype(100))
-    writer.add_document([np.array([1, 2]), np.array([3])])
-    writer.add_document([np.array([4, 5, 6])])
-    writer.finalize()
-    reader = IndexedReader(tmp_path / "t")
-    assert len(reader) == 3
-    assert reader.sequence_lengths.tolist() == [2, 1, 3]
-    assert reader.document_indices.tolist() == [0, 2, 3]
-    assert [tokens.tolist() for tokens in reader.read(0, 3)] == [[1, 2], [3], [4, 5, 6]]
-    assert (tmp_path / "t.bin").stat().st_size == 6 * np.dtype(np.uint16).itemsize
+def test_two_runs_never_make_one_store_at_once(tmp_path: Path):
+    with whole_folder(tmp_path / "s", overwrite=False) as folder:
+        with pytest.raises(DataError, match="another run is making it now"):
+            write(tmp_path / "s", THREE)
+        write_into(folder, THREE)
+    assert len(TokenStore.open(tmp_path / "s")) == 3
+
+
+def test_a_kill_while_one_store_replaces_another_loses_neither(tmp_path: Path):
+    path = write(tmp_path / "s", THREE)
+    digest = TokenStore.open(path).digest
+    (tmp_path / ".s.partial").mkdir()
+    path.rename(tmp_path / ".s.partial" / "replaced")  # the state between the two renames
+    with pytest.raises(DataError, match="exists already"):
+        write(path, THREE[:1])
+    assert TokenStore.open(path).digest == digest
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 2, 3])
+def test_a_write_goes_on_from_its_last_commit(tmp_path: Path, num_before: int):
+    identity = StoreIdentity(tokenizer=IDENTITY, options={"seq_length": 64})
+    groups = [*THREE, group([9], [1], [2], ref_logps=[-1.0, -2.0])]
+    expected = TokenStore.open(write(tmp_path / "whole", groups)).digest
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    writer = StoreWriter(folder, identity)
+    for item in groups[:num_before]:
+        writer.add(item, 0)
+    written = writer.commit()
+    for item in groups[num_before:]:
+        writer.add(item, 0)
+    writer.close()
+    (folder / "tokens.idx").write_text("half")
+    (folder / fmt.META).write_text("half")
+    writer = StoreWriter(folder, identity, Written(**written))
+    for item in groups[num_before:]:
+        writer.add(item, 0)
+    assert finish(writer) == expected
+
+
+def test_less_than_was_committed_is_refused(tmp_path: Path):
+    identity = StoreIdentity(tokenizer=IDENTITY, options={})
+    writer = StoreWriter(tmp_path, identity)
+    writer.add(THREE[0], 0)
+    written = writer.commit()
+    writer.close()
+    with open(tmp_path / "labels.npy", "r+b") as stream:
+        stream.truncate(129)
+    with pytest.raises(ValueError, match=r"labels\.npy: 129 bytes are there, 2 numbers of int8 were written"):
+        StoreWriter(tmp_path, identity, Written(**written))
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=4), min_size=1, max_size=4), min_size=1),
+    st.integers(1, 5),
+    st.sampled_from([np.uint16, np.int32, np.uint8]),
+)
+def test_the_index_is_megatrons_byte_for_byte(tmp_path: Path, documents, block, dtype):
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for document in documents:
+        builder.add_document(np.concatenate(document), [len(sequence) for sequence in document])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+
+    def blocks(values: list[int]):
+        return lambda: (np.array(values[i : i + block]) for i in range(0, len(values), block))
+
+    lengths = [len(sequence) for document in documents for sequence in document]
+    sizes = [len(document) for document in documents]
+    write_index(tmp_path / "ours", dtype, sequence_lengths=blocks(lengths), document_sizes=blocks(sizes))
+    assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+    reader = IndexedReader(tmp_path / "theirs")
+    read = [tokens.tolist() for tokens in reader.read(0, len(reader))]
+    assert read == [sequence for document in documents for sequence in document]
 
 
 def test_the_store_reads_without_cuda():
