@@ -1,10 +1,12 @@
 """Log-probabilities of chosen tokens: vocab-parallel, at the asked positions only, in chunks.
 
-Neither pass ever holds more than ``chunk_size`` rows of logits. The forward keeps the hidden states (which the
-graph holds anyway) and one log-normaliser per token; the backward makes each chunk's logits again.
+Neither pass ever holds more than ``chunk_size`` rows of logits, and those once: what follows from them is written over
+them. The forward keeps the hidden states (which the graph holds anyway) and two floats per token; the backward makes
+each chunk's logits again.
 
-For hidden state h, output weight W and target y, with z = W h and Z = logsumexp(z):
-    log p(y) = z_y - Z            d log p(y) / dz = onehot(y) - softmax(z)
+For hidden state h, output weight W and target y, with z = W h, m = max z and l = log sum exp(z - m):
+    log p(y) = (z_y - m) - l            d log p(y) / dz = onehot(y) - exp((z - m) - l)
+m and l are kept apart: at |z| = 1e4, a float32 m + l has lost l's fourth digit.
 """
 
 from __future__ import annotations
@@ -14,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_WEIGHT_ROWS = 16384
+"""Rows of the weight's gradient made at a time where they are summed in another dtype than they are made in."""
 
 
 class _SelectedLogProbs(torch.autograd.Function):
@@ -30,38 +35,86 @@ class _SelectedLogProbs(torch.autograd.Function):
     ) -> Tensor:
         num_tokens = hidden_TH.shape[0]
         logps_T = torch.empty(num_tokens, dtype=torch.float32, device=hidden_TH.device)
-        log_norms_T = torch.empty_like(logps_T)
+        peaks_T, log_sums_T = torch.empty_like(logps_T), torch.empty_like(logps_T)
         for start in range(0, num_tokens, chunk_size):
             part = slice(start, start + chunk_size)
-            logits_CV = _logits(hidden_TH[part], weight_VH, vocab_start, vocab_size)
-            log_norms_T[part] = _log_normaliser(logits_CV, tp_group)
-            logps_T[part] = _target_logits(logits_CV, targets_T[part], vocab_start, tp_group) - log_norms_T[part]
-        ctx.save_for_backward(hidden_TH, weight_VH, targets_T, log_norms_T)
+            # A function of its own, so that a chunk's logits are gone before the next ones are made.
+            logps_T[part], peaks_T[part], log_sums_T[part] = _chunk_logprobs(
+                hidden_TH[part], weight_VH, targets_T[part], vocab_start, vocab_size, tp_group
+            )
+        ctx.save_for_backward(hidden_TH, weight_VH, targets_T, peaks_T, log_sums_T)
         ctx.vocab_start, ctx.vocab_size, ctx.chunk_size = vocab_start, vocab_size, chunk_size
         return logps_T
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         (grad_T,) = grad_outputs
-        hidden_TH, weight_VH, targets_T, log_norms_T = ctx.saved_tensors
+        hidden_TH, weight_VH, targets_T, peaks_T, log_sums_T = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        grad_hidden_TH = torch.zeros_like(hidden_TH) if needs_hidden else None
-        # Summed over chunks in float32: many small terms in bf16 would lose the tail.
-        grad_weight_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        grad_hidden_TH = torch.empty_like(hidden_TH) if needs_hidden else None
+        weight_sum = _WeightGradient(weight_VH, num_chunks=-(-hidden_TH.shape[0] // ctx.chunk_size))
         for start in range(0, hidden_TH.shape[0], ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            logits_CV = _logits(hidden_TH[part], weight_VH, ctx.vocab_start, ctx.vocab_size)
-            grad_logits_CV = torch.exp_(logits_CV.sub_(log_norms_T[part, None])).neg_()
+            grad_logits_CV = _logits(hidden_TH[part], weight_VH, ctx.vocab_start, ctx.vocab_size)
+            grad_logits_CV.sub_(peaks_T[part, None]).sub_(log_sums_T[part, None]).exp_().neg_()
             column_C, mine_C = _local_columns(targets_T[part], ctx.vocab_start, weight_VH.shape[0])
             grad_logits_CV[torch.arange(column_C.numel(), device=column_C.device), column_C] += mine_C
             grad_logits_CV = grad_logits_CV.mul_(grad_T[part, None]).to(weight_VH.dtype)
             if grad_hidden_TH is not None:
-                grad_hidden_TH[part] = grad_logits_CV @ weight_VH
-            if grad_weight_VH is not None:
-                grad_weight_VH += grad_logits_CV.t() @ hidden_TH[part]
-        if grad_weight_VH is not None:
-            grad_weight_VH = grad_weight_VH.to(weight_VH.dtype)
+                torch.mm(grad_logits_CV, weight_VH, out=grad_hidden_TH[part])
+            if needs_weight:
+                weight_sum.add(grad_logits_CV, hidden_TH[part])
+            del grad_logits_CV  # before the next chunk's logits are made
+        grad_weight_VH = weight_sum.total() if needs_weight else None
         return grad_hidden_TH, grad_weight_VH, None, None, None, None, None
+
+
+class _WeightGradient:
+    """Sum over chunks of grad_logits^T hidden, in float32 at least: many small terms in bf16 would lose the tail."""
+
+    def __init__(self, weight_VH: Tensor, *, num_chunks: int) -> None:
+        self.weight_VH = weight_VH
+        self.num_chunks = num_chunks
+        self.sum_VH: Tensor | None = None
+
+    def add(self, grad_logits_CV: Tensor, hidden_CH: Tensor) -> None:
+        if self.num_chunks == 1:
+            self.sum_VH = grad_logits_CV.t() @ hidden_CH  # nothing to add it to, hence no float32 copy
+            return
+        if self.sum_VH is None:
+            self.sum_VH = torch.zeros_like(self.weight_VH, dtype=torch.promote_types(torch.float32, hidden_CH.dtype))
+        if self.sum_VH.dtype == hidden_CH.dtype:
+            self.sum_VH.addmm_(grad_logits_CV.t(), hidden_CH)
+            return
+        for start in range(0, self.sum_VH.shape[0], _WEIGHT_ROWS):
+            rows = slice(start, start + _WEIGHT_ROWS)
+            self.sum_VH[rows] += grad_logits_CV[:, rows].t() @ hidden_CH
+
+    def total(self) -> Tensor:
+        """[V, H] in the weight's dtype."""
+        return torch.zeros_like(self.weight_VH) if self.sum_VH is None else self.sum_VH.to(self.weight_VH.dtype)
+
+
+def _chunk_logprobs(
+    hidden_CH: Tensor,
+    weight_VH: Tensor,
+    targets_C: Tensor,
+    vocab_start: int,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, largest logits and log-sums above those, each [C] float32."""
+    shared = tp_group is not None and tp_group.size() > 1
+    logits_CV = _logits(hidden_CH, weight_VH, vocab_start, vocab_size)
+    peak_C = logits_CV.amax(dim=-1)
+    if shared:
+        dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=tp_group)
+    picked_C = _target_logits(logits_CV, targets_C, vocab_start, tp_group)
+    sum_C = logits_CV.sub_(peak_C[:, None]).exp_().sum(dim=-1)
+    if shared:
+        dist.all_reduce(sum_C, group=tp_group)
+    log_sum_C = sum_C.log_()
+    return (picked_C - peak_C) - log_sum_C, peak_C, log_sum_C
 
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, vocab_start: int, vocab_size: int) -> Tensor:
@@ -72,16 +125,6 @@ def _logits(hidden_CH: Tensor, weight_VH: Tensor, vocab_start: int, vocab_size: 
     if num_real < weight_VH.shape[0]:
         logits_CV[:, num_real:] = float("-inf")
     return logits_CV
-
-
-def _log_normaliser(logits_CV: Tensor, tp_group: dist.ProcessGroup | None) -> Tensor:
-    if tp_group is None or tp_group.size() == 1:
-        return torch.logsumexp(logits_CV, dim=-1)
-    peak_C = logits_CV.amax(dim=-1)
-    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=tp_group)
-    sum_C = torch.exp(logits_CV - peak_C[:, None]).sum(dim=-1)
-    dist.all_reduce(sum_C, group=tp_group)
-    return peak_C + torch.log(sum_C)
 
 
 def _target_logits(
