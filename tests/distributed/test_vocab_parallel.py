@@ -60,3 +60,42 @@ def test_a_split_vocabulary_gives_the_values_and_gradients_of_the_whole_one(
     np.testing.assert_allclose(
         np.concatenate([rows for _, _, rows in parts]), weight_VH.grad.numpy(), rtol=1e-4, atol=atol
     )
+
+
+def table_on_rank(logits_V: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probability of every token as a target, and its gradient with respect to the logits, in chunks of 4."""
+    import torch.distributed as dist
+
+    from megatron_groupdpo.mcore.logprobs import selected_logprobs
+
+    dist.init_process_group("gloo")
+    # One-hot rows: logits are the given numbers, and the hidden gradient is theirs.
+    whole_VH = torch.cat([torch.eye(VOCAB), torch.full((PADDED - VOCAB, VOCAB), 7.0)])
+    own_VH = whole_VH.chunk(dist.get_world_size())[dist.get_rank()]
+    hidden_TH = torch.tensor([logits_V] * VOCAB, requires_grad=True)
+    logps_T = selected_logprobs(
+        hidden_TH, own_VH, torch.arange(VOCAB), vocab_size=VOCAB, chunk_size=4, tp_group=dist.group.WORLD
+    )
+    logps_T.sum().backward()
+    dist.destroy_process_group()
+    assert hidden_TH.grad is not None
+    return logps_T.detach().numpy(), hidden_TH.grad.numpy()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(
+    "logits_V",
+    [[1e4] * VOCAB, [-1e4] * VOCAB, [1e4, *[-1e4] * (VOCAB - 2), 1e4], [1e4 - step / 4 for step in range(VOCAB)]],
+    ids=["all tied at 1e4", "all tied at -1e4", "first and last tied at 1e4", "near ties at 1e4"],
+)
+def test_extreme_and_tied_logits_of_several_ranks_lose_nothing_to_float32(
+    pool: RankPool, num_ranks: int, logits_V: list[float]
+):
+    exact_TV = torch.tensor([logits_V] * VOCAB, dtype=torch.float64, requires_grad=True)
+    logps_T = exact_TV.log_softmax(-1).diagonal()
+    logps_T.sum().backward()
+    assert exact_TV.grad is not None
+    parts = pool.run(num_ranks, table_on_rank, logits_V)
+    for values, _ in parts:
+        np.testing.assert_allclose(values, logps_T.detach().numpy(), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(sum(grad for _, grad in parts), exact_TV.grad.numpy(), rtol=1e-5, atol=2e-6)

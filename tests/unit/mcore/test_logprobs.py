@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_groupdpo.mcore import logprobs
 from megatron_groupdpo.mcore.logprobs import selected_logprobs
 
 VOCAB, PADDED, HIDDEN = 37, 40, 8
@@ -73,7 +75,87 @@ def test_extreme_logits_stay_finite_and_exact(size: float):
     given = (hidden_TH, weight_VH, torch.tensor([5, 6]), torch.ones(2, dtype=torch.float64))
     for found, wanted in zip(ours(*given), oracle(*given)):
         assert found.isfinite().all()
-        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+TABLES = {
+    "all tied at 1e4": [1e4] * VOCAB,
+    "all tied at -1e4": [-1e4] * VOCAB,
+    "two tied at 1e4, the rest at -1e4": [1e4, 1e4, *[-1e4] * (VOCAB - 2)],
+    "near ties at 1e4": [1e4 - step / 4 for step in range(VOCAB)],
+    "from -1e4 to 1e4": [-1e4 + step * 500.0 for step in range(VOCAB)],
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("padding", [0, 3], ids=["whole vocabulary", "padded"])
+@pytest.mark.parametrize("chunk_size", [5, 100])
+def test_extreme_and_tied_logits_lose_nothing_to_float32(table: str, padding: int, chunk_size: int):
+    """Logits that float32 holds exactly, every token as target: only log_softmax's own rounding may remain."""
+    hidden_TH = torch.tensor([TABLES[table]] * VOCAB)
+    weight_VH = torch.cat([torch.eye(VOCAB), torch.full((padding, VOCAB), 7.0)])
+    given = (hidden_TH, weight_VH, torch.arange(VOCAB), torch.linspace(-1, 2, VOCAB))
+    wanted = oracle(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in given))
+    for found, exact in zip(ours(*given, chunk_size=chunk_size), wanted):
+        # The weight's gradient is 1e4 times the logits'.
+        scale = max(1.0, float(exact.abs().max()))
+        torch.testing.assert_close(found.double() / scale, exact / scale, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 9, 15, 16, 17])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_around_a_chunks_boundary_are_all_there(num_tokens: int, dtype: torch.dtype):
+    given = inputs(num_tokens, seed=num_tokens)
+    rounded = (given[0].to(dtype).double(), given[1].to(dtype).double(), *given[2:])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
+    for found, wanted in zip(ours(*given, chunk_size=8, dtype=dtype), oracle(*rounded)):
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_bf16_weight_gradient_keeps_the_tail_of_many_chunks(monkeypatch: pytest.MonkeyPatch):
+    """2,048 equal terms: a bf16 sum would stand still after 256 of them. In slices of the vocabulary, a ragged last."""
+    monkeypatch.setattr(logprobs, "_WEIGHT_ROWS", 7)
+    hidden_TH = torch.ones(2048, HIDDEN, dtype=torch.float64)
+    weight_VH = torch.zeros(PADDED, HIDDEN, dtype=torch.float64)
+    given = (hidden_TH, weight_VH, torch.zeros(2048, dtype=torch.int64), torch.ones(2048, dtype=torch.float64))
+    found, wanted = ours(*given, chunk_size=1, dtype=torch.bfloat16)[2], oracle(*given)[2]
+    torch.testing.assert_close(found.double(), wanted, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("needed", ["hidden", "weight"])
+def test_a_gradient_that_is_not_asked_for_is_not_made(needed: str):
+    hidden_TH, weight_VH, targets_T, grad_T = inputs(9)
+    leaves = {"hidden": hidden_TH.float(), "weight": weight_VH.float()}
+    leaves[needed].requires_grad_()
+    selected_logprobs(leaves["hidden"], leaves["weight"], targets_T, vocab_size=VOCAB, chunk_size=4).backward(
+        grad_T.float()
+    )
+    wanted = dict(zip(leaves, oracle(hidden_TH, weight_VH, targets_T, grad_T)[1:]))[needed]
+    assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [needed]
+    torch.testing.assert_close(leaves[needed].grad.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_is_one_chunk_of_logits_and_the_gradients_whatever_the_tokens(num_tokens: int, dtype: torch.dtype):
+    """Exact bytes of the allocator: the logits of all tokens exist in neither pass."""
+    vocab_size, chunk_size, num_tokens = 4096, 16, num_tokens * 100
+    hidden_TH = torch.randn(num_tokens, HIDDEN, dtype=dtype, requires_grad=True)
+    weight_VH = torch.randn(vocab_size, HIDDEN, dtype=dtype, requires_grad=True)
+    targets_T = torch.zeros(num_tokens, dtype=torch.int64)
+
+    def forward() -> Tensor:
+        return selected_logprobs(hidden_TH, weight_VH, targets_T, vocab_size=vocab_size, chunk_size=chunk_size)
+
+    # bf16: the product stands beside its float32 copy, and some CPU matrix kernels convert their arguments.
+    chunk = chunk_size * vocab_size * (4 if dtype == torch.float32 else 12)
+    small = 64 * num_tokens + 4096  # a few vectors over tokens
+    assert allocations(torch.no_grad()(forward)).peak <= chunk + small
+    gradients = hidden_TH.numel() * dtype.itemsize + weight_VH.numel() * 6
+    found = allocations(lambda: forward().sum().backward())
+    assert found.peak <= chunk + gradients + small
+    if num_tokens and dtype == torch.float32:
+        assert found.largest == chunk_size * vocab_size * 4
 
 
 def test_no_tokens_give_no_values_and_zero_gradients():
