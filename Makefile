@@ -7,10 +7,10 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test invariance test-slow test-gpu clean
+.PHONY: help setup demo check test invariance test-slow test-gpu bench-memory clean
 
 help:  ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## Make .venv and install the package into it (EXTRAS=dev,bench PYTHON=... to choose)
 	@tools/setup.sh
@@ -34,6 +34,10 @@ test-slow: setup  ## The full product of cases
 
 test-gpu: setup  ## The tests that need a CUDA device
 	$(TEST_ENV) $(VENV)/python -m pytest -m gpu $(ARGS)
+
+bench-memory: setup  ## Memory against group size, and of the log-probabilities: about 6 minutes on 2 cores
+	$(TEST_ENV) $(VENV)/python benchmarks/memory_vs_group_size.py $(ARGS)
+	$(TEST_ENV) $(VENV)/python benchmarks/logprobs_memory.py
 
 clean:  ## Remove .venv, caches and build leftovers (runs/ stays)
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -26,9 +26,10 @@ def allocations(work: Callable[[], Any], *, device: str = "cpu") -> Allocations:
 
     On the CPU: every allocation and release of PyTorch's allocator, in order, from the profiler; that is exact for
     tensors, temporaries inside kernels included, and leaves out what a matrix library keeps for itself. On CUDA:
-    ``max_memory_allocated``, whose unit is 512 bytes.
+    ``max_memory_allocated`` of a second call, in units of 512 bytes.
     """
     if device == "cuda":
+        work()  # libraries take their workspaces at first use, from the same allocator
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -165,8 +165,8 @@ def markdown(rows: Sequence[Row], record: dict[str, Any]) -> str:
         f"{how}, beyond the inputs: hidden states [tokens, {record['hidden_size']}] and weight "
         f"[vocabulary, {record['hidden_size']}]. Chunks of {record['chunk_size']} tokens. The floor is one chunk of "
         "fp32 logits and the two gradients; in bf16 the matrix product stands beside its fp32 copy while that is made, "
-        "and the weight's gradient is summed in fp32. Naive: logits of all tokens, `log_softmax`, `gather`; in brackets where it was "
-        "not run, 3 x tokens x vocabulary x 4 bytes, which is what it takes where it was.",
+        "and the weight's gradient is summed in fp32. Naive: logits of all tokens, `log_softmax`, `gather`; in "
+        "brackets where it was not run, 3 x tokens x vocabulary x 4 bytes, which is what it takes where it was.",
         "",
         "| dtype | vocabulary | tokens | scoring pass (MiB) | forward + backward (MiB) | floor (MiB) | naive (MiB) | "
         "naive / ours |",

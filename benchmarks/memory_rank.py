@@ -111,7 +111,13 @@ class _Meter:
         )
         self.policy = build_policy(ModelConfig(**layout.model), parallel, precision, ranks, seed=1, training=True)
         self.on_cuda = ranks.device.type == "cuda"
-        self.before_optimizer = torch.cuda.memory_allocated() if self.on_cuda else 0
+        self.before_optimizer = 0
+        if self.on_cuda:
+            # Libraries take their workspaces at first use, from the same allocator; they are not the optimizer's.
+            batch, microbatches = self._work("decoupled", layout.lengths[-1], layout.group_sizes[0])
+            self._accumulate("decoupled", self.policy.engine, batch, microbatches)
+            torch.cuda.synchronize()
+            self.before_optimizer = torch.cuda.memory_allocated()
         options = OptimizerConfig(lr=1e-6, lr_decay_style="constant")
         optimizer = build_optimizer(self.policy.chunks, options, parallel, precision)
         self.updater = Updater(optimizer, build_lr_schedule(optimizer, options, warmup_groups=0, decay_groups=1))
