@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from allocations import allocations
-from bench_record import BLUE, GREEN, MIB, ORANGE, RESULTS, machine, machine_lines, mebibytes, write_figure, write_text
+from bench_output import BLUE, GREEN, MIB, ORANGE, machine_lines, mebibytes, write_figure, write_text
 from matplotlib.figure import Figure
+from record import RESULTS, machine
 from torch import Tensor
 
 from megatron_groupdpo.entry import run_entry

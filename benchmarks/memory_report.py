@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from bench_record import BLUE, MIB, ORANGE, machine_lines, mebibytes
+from bench_output import BLUE, MIB, ORANGE, machine_lines, mebibytes
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from memory_rank import MODES, Layout, Point

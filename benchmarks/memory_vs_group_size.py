@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_record import RESULTS, machine, write_figure, write_text
+from bench_output import write_figure, write_text
 from memory_rank import MODES, Layout, Point, law_breaks, measure_layout
 from memory_report import figure, markdown
+from record import RESULTS, machine
 from torch import multiprocessing
 
 from megatron_groupdpo.entry import run_entry

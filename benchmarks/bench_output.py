@@ -1,36 +1,16 @@
-"""What every benchmark's result says beside its numbers, and how it is written."""
+"""How a benchmark's result is written: whole files, one set of colours, sizes in MiB."""
 
 from __future__ import annotations
 
 import os
-import platform
-import subprocess
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 # Okabe and Ito's colours: told apart with any colour vision, and in print.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 MIB = 2**20
-
-
-def machine(device: str) -> dict[str, str]:
-    """What the numbers were measured on."""
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU used"
-    return {
-        "date": date.today().isoformat(),
-        "commit": _git("rev-parse", "--short", "HEAD") + (" with local changes" if _git("diff", "HEAD") else ""),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "megatron-core")},
-    }
 
 
 def machine_lines(record: dict[str, str]) -> list[str]:
@@ -58,8 +38,3 @@ def mebibytes(num_bytes: float) -> str:
     """Three significant digits from 10 MiB down, whole ones above."""
     size = num_bytes / MIB
     return f"{size:,.0f}" if size >= 100 else f"{size:.1f}" if size >= 10 else f"{size:.2f}"
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
