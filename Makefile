@@ -35,7 +35,7 @@ test-slow: setup  ## The full product of cases
 test-gpu: setup  ## The tests that need a CUDA device
 	$(TEST_ENV) $(VENV)/python -m pytest -m gpu $(ARGS)
 
-bench-memory: setup  ## Memory against group size, and of the log-probabilities: about 6 minutes on 2 cores
+bench-memory: setup  ## Memory against group size, and of the log-probabilities: under 10 minutes on 2 cores
 	$(TEST_ENV) $(VENV)/python benchmarks/memory_vs_group_size.py $(ARGS)
 	$(TEST_ENV) $(VENV)/python benchmarks/logprobs_memory.py
 
