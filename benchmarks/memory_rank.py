@@ -12,6 +12,7 @@ from memory_counters import CountedEngine, ForwardBytes, SavedBytes, expected_pe
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.data.planner import plan_options
+from megatron_groupdpo.data.sampler import GroupSampler
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
@@ -165,7 +166,7 @@ class _Meter:
             plan=plan_options(self.parallel, data_parallel_size=1, micro_batch_size=layout.micro_batch_size),
             data_parallel_rank=0,
             seed=0,
-            shuffle=False,
+            sampler=GroupSampler(layout.num_groups, seed=0, shuffle=False),
             reference=None,
         )
         planned = source.batch(0, layout.num_groups)
