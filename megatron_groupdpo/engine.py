@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -42,3 +43,15 @@ class Engine(Protocol):
         never averaged.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientPiece:
+    """A piece of the reduced gradient on one rank."""
+
+    name: str
+    """Of the parameter, layers numbered as in the whole model."""
+    values: Tensor
+    """Flat view of the gradient buffer."""
+    weight: float
+    """1 over the number of ranks that hold the same elements."""

@@ -13,7 +13,8 @@ A *score* is what the policy says: ``s = beta * (log pi - log pi_ref)``. The two
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -122,6 +123,29 @@ class GroupBatch:
     def num_responses(self) -> int:
         """R."""
         return len(self.rows)
+
+    def responses_of(self, groups: Sequence[int]) -> torch.Tensor:
+        """[r] int64: flat indices of the responses of these groups, in their order in :meth:`select`."""
+        index_GK = self.flat_index_GK[list(groups)]
+        return index_GK[index_GK >= 0]
+
+    def select(self, groups: Sequence[int]) -> GroupBatch:
+        """The batch of these groups alone, its responses numbered anew."""
+        chosen = list(groups)
+        own_R = self.responses_of(chosen)
+        held_GK = self.flat_index_GK[chosen] >= 0
+        flat_index_GK = torch.full(held_GK.shape, -1, dtype=torch.int64)
+        flat_index_GK[held_GK] = torch.arange(len(own_R))
+        return GroupBatch(
+            rows=tuple(replace(self.rows[old], index=new) for new, old in enumerate(own_R.tolist())),
+            flat_index_GK=flat_index_GK,
+            labels_GK=self.labels_GK[chosen],
+            values_GK=self.values_GK[chosen],
+            tie_keys_GK=self.tie_keys_GK[chosen],
+            group_keys_G=self.group_keys_G[chosen],
+            response_ids_R=self.response_ids_R[own_R],
+            num_tokens_R=self.num_tokens_R[own_R],
+        )
 
     def to_groups(self, per_response_R: torch.Tensor, *, fill: float = 0.0) -> torch.Tensor:
         """Arrange a flat [R] vector as [G, K], with ``fill`` in the padding cells."""

@@ -145,6 +145,12 @@ class TrainingConfig:
     """Global batches of a validation."""
     score_drift_threshold: PositiveFloat | None = None
     """Stop when a response's score differs by more than this between the two passes; none: only report it."""
+    verify_gradients: NonNegativeInt = 0
+    """Compare the gradient of the two passes with one graph's, on a few groups of the batch, in the first so many
+    iterations of every start; 0: never."""
+    check_weight_hash_across_dp_replicas_interval: PositiveInt | None = 100
+    """Compare hashes of the weights over the data- and context-parallel replicas every so many iterations;
+    none: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,6 +157,24 @@ def plan_whole_groups(batch: GroupBatch, options: PlanOptions) -> Plan:
     return _deal([group for group in groups if group], options)
 
 
+def whole_group_tokens(batch: GroupBatch, options: PlanOptions) -> list[int]:
+    """[G]: tokens, padding included, of each group's microbatch in :func:`plan_whole_groups`, alone in its plan."""
+    rows = {row.index: row for row in batch.rows}
+    tokens = []
+    for own in batch.flat_index_GK.tolist():
+        group = tuple(rows[index] for index in own if index >= 0)
+        tokens.append(_length(group, options) * (1 if options.packed else len(group)) if group else 0)
+    return tokens
+
+
+def microbatch_capacity(batch: GroupBatch, options: PlanOptions) -> int:
+    """The most tokens, padding included, that a microbatch of :func:`plan_batch` may hold."""
+    if options.max_tokens_per_microbatch is not None:
+        return options.max_tokens_per_microbatch
+    assert options.micro_batch_size is not None
+    return options.micro_batch_size * max((options.row_length(row) for row in batch.rows), default=0)
+
+
 def _best_fit(ordered: Sequence[_Unit], budget: int) -> list[Rows]:
     """Few bins: the longest first, each to the fullest bin that has room."""
     bins: list[list[ResponseRow]] = []

@@ -1,4 +1,4 @@
-"""A digest of the weights that does not depend on the layout."""
+"""Hashes of weights: a digest that does not depend on the layout, and the comparison of replicas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from torch import Tensor
 
 from megatron_groupdpo.mcore.init import sharded_tensors
+from megatron_groupdpo.mcore.setup import Ranks
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _ELEMENTS_AT_A_TIME = 1 << 22
@@ -37,6 +38,64 @@ def count_parameters(chunks: Sequence[Any], *, device: torch.device) -> int:
     total = torch.tensor(sum(math.prod(shard.local_shape) for shard in _own_shards(chunks)), device=device)
     dist.all_reduce(total)
     return int(total)
+
+
+def differing_replicas(chunks: Sequence[Any], ranks: Ranks) -> str | None:
+    """Compare every parameter's bits over the data- and context-parallel ranks, which must hold the same.
+
+    A collective call with one answer on all ranks: ``None``, or the first parameter that differs, the ranks and their
+    hashes. One pass over the local weights on the device they are on, and 8 bytes a parameter tensor on the wire.
+    """
+    group = ranks.dp_cp_group
+    if group.size() == 1:
+        return None
+    named = [(name, p) for chunk in chunks for name, p in parameter_names(chunk).items()]
+    own_P = torch.stack([_bits_hash(parameter) for _, parameter in named])
+    all_P = [torch.empty_like(own_P) for _ in range(group.size())]
+    dist.all_gather(all_P, own_P, group=group)
+    hashes_DP = torch.stack(all_P)
+    differs_P = (hashes_DP != hashes_DP[0]).any(0)
+    found = differs_P.any().to(torch.int32)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    if not int(found):
+        return None
+    finding = None
+    if bool(differs_P.any()):
+        first = int(differs_P.int().argmax())
+        held: dict[str, list[int]] = {}
+        for rank, value in zip(dist.get_process_group_ranks(group), hashes_DP[:, first].tolist()):
+            held.setdefault(f"{value & (2**64 - 1):016x}", []).append(rank)
+        finding = f"{named[first][0]}: " + "; ".join(
+            f"{value} on rank{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}" for value, own in held.items()
+        )
+    findings: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(findings, finding)
+    return next(text for text in findings if text is not None)
+
+
+def parameter_names(chunk: Any) -> dict[str, Tensor]:
+    """Parameters of a chunk by name, layers numbered as in the whole model."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    # Megatron counts the layers of the whole model from 1.
+    numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+
+    def whole(name: str) -> str:
+        local = next((prefix for prefix in numbers if name.startswith(prefix)), None)
+        return name if local is None else f"decoder.layers.{numbers[local]}.{name.removeprefix(local)}"
+
+    return {whole(name): parameter for name, parameter in chunk.named_parameters()}
+
+
+def _bits_hash(parameter: Tensor) -> Tensor:
+    """[] int64 hash of the bits in their order."""
+    bits = parameter.detach().contiguous().view(_BITS[parameter.dtype]).flatten()
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, bits.numel(), _ELEMENTS_AT_A_TIME):
+        part = bits[start : start + _ELEMENTS_AT_A_TIME].to(torch.int64)
+        places = torch.arange(start, start + part.numel(), device=bits.device)
+        total += (_mix(places) * (2 * part + 1)).sum()
+    return total
 
 
 def _own_shards(chunks: Sequence[Any]) -> Iterator[ShardedTensor]:

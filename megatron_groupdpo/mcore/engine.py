@@ -62,22 +62,26 @@ class MegatronEngine:
     def score(self, microbatches: Sequence[Microbatch], num_responses: int) -> Tensor | None:
         """See :class:`Engine`. One pipelined forward-only schedule call over all microbatches."""
         with torch.no_grad():
-            parts = self._run(microbatches, _collect, forward_only=True)
-        return self._gather(parts, num_responses)
+            parts = self.run(microbatches, _collect, forward_only=True)
+        return self.gather(parts, num_responses)
 
     def backward(
         self, microbatches: Sequence[Microbatch], num_responses: int, loss: MicrobatchLoss | None
     ) -> Tensor | None:
         """See :class:`Engine`. One forward-backward schedule call."""
+        self.zero_gradient()
+        parts = self.run(microbatches, _Differentiated(loss, cp_group=self.ranks.cp_group), forward_only=False)
+        return self.gather(parts, num_responses)
+
+    def zero_gradient(self) -> None:
+        """Empty the gradient buffers."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
             # The float32 optimizer hangs views of the buffers on param.grad; left there, autograd would add into them
             # and Megatron's hook would then count the gradient twice.
             chunk.zero_grad(set_to_none=True)
-        parts = self._run(microbatches, _Differentiated(loss, cp_group=self.ranks.cp_group), forward_only=False)
-        return self._gather(parts, num_responses)
 
-    def _run(
+    def run(
         self, microbatches: Sequence[Microbatch], loss_of: Callable[..., Any], *, forward_only: bool
     ) -> list[tuple[Tensor, Tensor]]:
         """Drive Megatron's schedule; on the last stage, (responses_r, logps_r) per microbatch."""
@@ -150,7 +154,7 @@ class MegatronEngine:
             tp_group=tp_group,
         )
 
-    def _gather(self, parts: list[tuple[Tensor, Tensor]], num_responses: int) -> Tensor | None:
+    def gather(self, parts: list[tuple[Tensor, Tensor]], num_responses: int) -> Tensor | None:
         """Put the log-probabilities of this rank's microbatches, and of all data-parallel ranks, in flat order."""
         if not self.ranks.is_last_stage:
             return None
@@ -163,7 +167,7 @@ class MegatronEngine:
         return logps_R
 
 
-def _sum_per_response(microbatch: Microbatch, logps_T: Tensor) -> tuple[Tensor, Tensor]:
+def sum_per_response(microbatch: Microbatch, logps_T: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices [r] and summed log-probabilities [r] (float64) of the microbatch's responses."""
     responses_r = microbatch.responses_r.to(logps_T.device)
     owners_T = microbatch.owners_T.to(logps_T.device)
@@ -174,7 +178,7 @@ def _sum_per_response(microbatch: Microbatch, logps_T: Tensor) -> tuple[Tensor, 
 def _collect(microbatch: Microbatch, logps_T: Tensor, non_loss_data: bool) -> tuple[Tensor, Tensor]:
     """Loss function of the scoring pass: nothing to lose, hand the log-probabilities over."""
     assert non_loss_data
-    return _sum_per_response(microbatch, logps_T)
+    return sum_per_response(microbatch, logps_T)
 
 
 class _Differentiated:
@@ -186,7 +190,7 @@ class _Differentiated:
 
     def __call__(self, microbatch: Microbatch, logps_T: Tensor) -> Any:
         assert self.loss is not None, "the last stage has the coefficients"
-        responses_r, part_r = _sum_per_response(microbatch, logps_T)
+        responses_r, part_r = sum_per_response(microbatch, logps_T)
         # Each context-parallel rank has some of a response's tokens; the loss is of the whole response.
         logps_r = sum_over_ranks(part_r, self.cp_group) if self.cp_group.size() > 1 else part_r
         loss = self.loss(responses_r, logps_r).float()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch.distributed as dist
 
 from megatron_groupdpo import objectives
 from megatron_groupdpo.config import to_yaml
-from megatron_groupdpo.errors import UserError
 from megatron_groupdpo.mcore.checkpoint import Progress, save_checkpoint
 from megatron_groupdpo.run.batches import PlannedBatch
 from megatron_groupdpo.run.build import Run
@@ -21,16 +19,24 @@ from megatron_groupdpo.run.flops import step_flops
 from megatron_groupdpo.run.logs import RunLogger
 from megatron_groupdpo.run.metrics import batch_metrics
 from megatron_groupdpo.run.prefetch import Prefetcher
+from megatron_groupdpo.run.proofs import (
+    check_gradient,
+    check_replicas,
+    check_scores,
+    check_step0_identity,
+    reference_logps,
+    verify_gradient,
+)
 from megatron_groupdpo.run.report import print_start
 from megatron_groupdpo.step.coefficients import group_loss
-from megatron_groupdpo.step.train_step import StepResult, accumulate_gradient
+from megatron_groupdpo.step.train_step import accumulate_gradient
 
 
 def train(run: Run) -> Progress:
     """Train to the end; where the run stands then.
 
     Raises:
-        UserError: scores that are not finite, or differ between the passes by more than the threshold.
+        UserError: one of the checks of :mod:`megatron_groupdpo.run.proofs` failed.
     """
     logger = _open_logs(run) if run.ranks.is_logger else None
     size = run.config.training.global_batch_size
@@ -57,11 +63,14 @@ def _train(run: Run, batches: Prefetcher, logger: RunLogger | None) -> Progress:
         _validate(run, run.progress, logger)
     progress = run.progress
     saved = progress.iteration
+    verify_until = progress.iteration + run.config.training.verify_gradients
     while progress.iteration < run.train_iters:
         started = time.perf_counter()
         if progress != run.progress:
             planned = batches.batch(progress.consumed_groups)
-        progress = _iteration(run, planned, progress, logger, started)
+        progress = _iteration(run, planned, progress, logger, started, verify=progress.iteration < verify_until)
+        if _due(progress.iteration, run.config.training.check_weight_hash_across_dp_replicas_interval):
+            check_replicas(run, progress.iteration)
         if _due(progress.iteration, run.config.training.eval_interval):
             _validate(run, progress, logger)
         if _due(progress.iteration, run.config.checkpoint.save_interval):
@@ -73,101 +82,26 @@ def _train(run: Run, batches: Prefetcher, logger: RunLogger | None) -> Progress:
 
 
 def _iteration(
-    run: Run, planned: PlannedBatch, progress: Progress, logger: RunLogger | None, started: float
+    run: Run, planned: PlannedBatch, progress: Progress, logger: RunLogger | None, started: float, *, verify: bool
 ) -> Progress:
     size = run.config.training.global_batch_size
-    ref_logps_R = _reference(run, planned)
+    ref_logps_R = reference_logps(run, planned)
+    proofs = verify_gradient(run, planned, ref_logps_R, progress.iteration + 1) if verify else {}
     outcome = accumulate_gradient(run.policy.engine, planned.microbatches, planned.batch, ref_logps_R, run.loss)
-    _check_scores(run, planned, outcome, progress.iteration + 1)
+    check_scores(run, planned, outcome, progress.iteration + 1)
     lr = run.updater.lr
     grad_norm = run.updater.step(size)
-    _check_gradient(grad_norm, progress.iteration + 1)
+    check_gradient(grad_norm, progress.iteration + 1)
     progress = Progress(iteration=progress.iteration + 1, consumed_groups=progress.consumed_groups + size)
     if logger is not None:
         assert outcome is not None, "the logging rank is on the last stage"
         metrics = batch_metrics(planned.batch, outcome.result, outcome.logps_R, outcome.ref_logps_R)
-        metrics |= {"grad_norm": grad_norm, "lr": lr, "score_drift": outcome.score_drift}
+        metrics |= {"grad_norm": grad_norm, "lr": lr, "score_drift": outcome.score_drift, **proofs}
         metrics |= _speed(run, planned, time.perf_counter() - started)
         logger.write(progress.iteration, {**metrics, "consumed_groups": progress.consumed_groups})
         if progress.iteration % run.config.logging.log_interval == 0 or progress.iteration == run.train_iters:
             logger.line(progress.iteration, metrics, consumed_groups=progress.consumed_groups, global_batch_size=size)
     return progress
-
-
-def _reference(run: Run, planned: PlannedBatch) -> torch.Tensor:
-    """[R] float64 reference log-probabilities; what the last stage holds is what counts."""
-    if run.reference_policy is None:
-        return planned.ref_logps_R
-    logps_R = run.reference_policy.engine.score(planned.microbatches, planned.batch.num_responses)
-    return planned.ref_logps_R if logps_R is None else logps_R
-
-
-def _check_scores(run: Run, planned: PlannedBatch, outcome: StepResult | None, iteration: int) -> None:
-    """Stop all ranks together, before the update, on scores that cannot be trusted."""
-    findings = torch.zeros(3, dtype=torch.float64, device=run.ranks.device)  # bad responses, first bad, drift
-    if outcome is not None:
-        bad_R = ~(torch.isfinite(outcome.logps_R) & torch.isfinite(outcome.ref_logps_R))
-        findings[0] = bad_R.sum()
-        findings[1] = bad_R.double().argmax() if planned.batch.num_responses else 0
-        findings[2] = outcome.score_drift or 0.0
-    bad, first_bad, drift = run.ranks.broadcast_from_last_stage(findings).tolist()
-    if bad:
-        group = int((planned.batch.flat_index_GK == int(first_bad)).any(1).nonzero()[0])
-        raise UserError(
-            f"iteration {iteration}: {int(bad)} of {planned.batch.num_responses} log-probabilities are not finite, "
-            f"the first in the group of {run.train.dataset.where(planned.group_ids[group])}; lower --lr, or look at "
-            "the checkpoint the run started from. Nothing was updated."
-        )
-    threshold = run.config.training.score_drift_threshold
-    if threshold is not None and drift > threshold:
-        raise UserError(
-            f"iteration {iteration}: scores of the two passes differ by {drift:.3e}, more than score_drift_threshold "
-            f"{threshold:.3e}; the gradient would not be that of the loss. Nothing was updated."
-        )
-
-
-def _check_gradient(grad_norm: float, iteration: int) -> None:
-    """Stop all ranks together before weights made by a broken gradient are saved."""
-    if not math.isfinite(grad_norm):
-        raise UserError(
-            f"iteration {iteration}: the gradient norm is {grad_norm}, though every score was finite; lower --lr or "
-            f"--beta and resume from an earlier checkpoint. The weights of iteration {iteration} were not saved."
-        )
-
-
-def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
-    """Policy and reference have the same weights: every score must be 0 and the loss its closed form.
-
-    Raises:
-        UserError: they do not agree; both numbers are given.
-    """
-    if not planned.batch.num_responses:
-        return
-    ref_logps_R = _reference(run, planned)
-    logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
-    gap = torch.zeros(3, dtype=torch.float64, device=run.ranks.device)
-    if logps_R is not None:
-        ref_logps_R = ref_logps_R.to(logps_R.device)
-        gaps_R = (logps_R - ref_logps_R).abs() / planned.batch.num_tokens_R.to(logps_R.device).clamp_min(1)
-        worst = int(gaps_R.argmax())
-        gap[:] = torch.stack([gaps_R[worst], logps_R[worst], ref_logps_R[worst]])
-    per_token, ours, theirs = run.ranks.broadcast_from_last_stage(gap).tolist()
-    tolerance = 2e-2 if run.config.precision.bf16 else 1e-4
-    if not per_token <= tolerance:  # NaN is no agreement
-        raise UserError(
-            f"the policy starts with the reference's weights, but a response has log-probability {ours:.6f} here and "
-            f"{theirs:.6f} in the reference ({per_token:.2e} per token, tolerance {tolerance:.0e}); score the "
-            "reference again with tools/score_reference.py"
-        )
-    if run.ranks.is_logger:
-        assert logps_R is not None
-        zeros = group_loss(ref_logps_R, ref_logps_R, planned.batch, run.loss)
-        found = group_loss(logps_R, ref_logps_R, planned.batch, run.loss)
-        print(
-            f"step 0: policy = reference; largest score {float(found.scores_R.abs().max()):.1e}; preference loss "
-            f"{float(found.preference_loss):.6f}, closed form {float(zeros.preference_loss):.6f}",
-            flush=True,
-        )
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -176,7 +110,7 @@ def evaluate(run: Run) -> dict[str, float]:
     sums: dict[str, tuple[float, int]] = {}
     size = run.config.training.global_batch_size
     for planned in run.valid.once(size, limit=run.config.training.eval_iters):
-        ref_logps_R = _reference(run, planned)
+        ref_logps_R = reference_logps(run, planned)
         logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
         if logps_R is None:
             continue

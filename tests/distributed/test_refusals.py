@@ -12,8 +12,6 @@ from rank_pool import RankPool
 from tiny_run import (
     read_metrics,
     refusal_on_rank,
-    refusal_with_a_poisoned_weight_on_rank,
-    refusal_with_noisy_scores_on_rank,
     score_own_weights_on_rank,
     train_on_rank,
 )
@@ -27,7 +25,7 @@ def test_a_score_that_is_not_finite_stops_all_stages_and_names_the_record(
 ):
     save = tmp_path / "run"
     config = config_file(parallel=PP2, checkpoint={"save": str(save)})
-    answers = pool.run(2, refusal_with_a_poisoned_weight_on_rank, ["--config", str(config)])
+    answers = pool.run(2, refusal_on_rank, ["--config", str(config)], "poisoned weight")
     assert len(set(answers)) == 1, "every stage must stop with the same message"
     kind, message = answers[0]
     assert kind == "UserError"
@@ -60,7 +58,7 @@ def test_drift_between_the_passes_beyond_the_threshold_stops_the_run(
 ):
     save = tmp_path / "run"
     config = config_file(parallel=PP2, training={"score_drift_threshold": 1e-3}, checkpoint={"save": str(save)})
-    answers = pool.run(2, refusal_with_noisy_scores_on_rank, ["--config", str(config)], 0.1)
+    answers = pool.run(2, refusal_on_rank, ["--config", str(config)], "noisy scores")
     assert len(set(answers)) == 1
     kind, message = answers[0]
     assert kind == "UserError"

@@ -102,11 +102,13 @@ def write_config(path: Path, store: Path, reference: Path, **sections: Mapping[s
     return path
 
 
-def train_on_rank(argv: Sequence[str], *, poisoned: bool = False) -> str:
+def train_on_rank(argv: Sequence[str], fault: str | None = None) -> str:
     """Everything that ``megatron_groupdpo.train`` does on one rank; the digest of the final weights.
 
-    ``poisoned`` makes one number of the first stage's embedding NaN before the first step.
+    ``fault`` is one of :data:`faults.FAULTS`, injected when the run has been built.
     """
+    from faults import injected
+
     from megatron_groupdpo.config import load_config, validate
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.run.build import build_run
@@ -115,27 +117,21 @@ def train_on_rank(argv: Sequence[str], *, poisoned: bool = False) -> str:
     config = load_config(argv)
     ranks = initialize(config.parallel, seed=config.training.seed)
     try:
-        validate(config, ranks.tp_group.size() * ranks.pp_group.size() * ranks.dp_group.size())
+        validate(config, ranks.tp_group.size() * ranks.pp_group.size() * ranks.dp_cp_group.size())
         run = build_run(config, ranks)
-        if poisoned and ranks.is_first_stage:
-            next(run.policy.chunks[0].parameters()).data.view(-1)[0] = float("nan")
-        train(run)
+        with injected(fault, run):
+            train(run)
         return run.policy.weights_digest()
     finally:
         shut_down()
 
 
-def refusal_with_a_poisoned_weight_on_rank(argv: Sequence[str]) -> tuple[str, str]:
-    """As :func:`refusal_on_rank`, from weights of which one is NaN."""
-    return refusal_on_rank(argv, poisoned=True)
-
-
-def refusal_on_rank(argv: Sequence[str], *, poisoned: bool = False) -> tuple[str, str]:
+def refusal_on_rank(argv: Sequence[str], fault: str | None = None) -> tuple[str, str]:
     """The kind and the message of the user error that :func:`train_on_rank` must raise."""
     from megatron_groupdpo.errors import UserError
 
     try:
-        train_on_rank(argv, poisoned=poisoned)
+        train_on_rank(argv, fault)
     except UserError as error:
         return type(error).__name__, str(error)
     raise AssertionError("the run went through")
@@ -166,20 +162,3 @@ def score_own_weights_on_rank(argv: Sequence[str], store: str, folder: str, *, s
             writer.put(planned.batch.response_ids_R.numpy(), logps_R.numpy() + shift)
     finally:
         shut_down()
-
-
-def refusal_with_noisy_scores_on_rank(argv: Sequence[str], noise: float) -> tuple[str, str]:
-    """As :func:`refusal_on_rank`, with a scoring pass that is off by ``noise``."""
-    from megatron_groupdpo.mcore.engine import MegatronEngine
-
-    score = MegatronEngine.score
-
-    def noisy(self: Any, microbatches: Any, num_responses: int) -> Any:
-        logps_R = score(self, microbatches, num_responses)
-        return None if logps_R is None else logps_R + noise
-
-    MegatronEngine.score = noisy  # type: ignore[method-assign]
-    try:
-        return refusal_on_rank(argv)
-    finally:
-        MegatronEngine.score = score  # type: ignore[method-assign]
