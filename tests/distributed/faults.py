@@ -128,6 +128,17 @@ def _noisy_scores(stack: ExitStack, run: Run) -> None:
     _replace(stack, MegatronEngine, "score", faulty)
 
 
+def _noisy_policy(stack: ExitStack, run: Run) -> None:
+    """The policy's scores alone are off, by 0.1."""
+    score = run.policy.engine.score
+
+    def noisy(*args: Any) -> Any:
+        logps_R = score(*args)
+        return None if logps_R is None else logps_R + 0.1
+
+    run.policy.engine.score = noisy  # type: ignore[method-assign]
+
+
 FAULTS: dict[str, Inject] = {
     "a coefficient of 1.001": _weights(lambda weights_R: 1.001 * weights_R),
     "a response without a weight": _weights(lambda weights_R: weights_R * (torch.arange(len(weights_R)) != 1)),
@@ -141,4 +152,5 @@ FAULTS: dict[str, Inject] = {
     "a flipped bit on rank 3": _corrupt(rank=3, after=2, name="layers.0.mlp.linear_fc2.weight"),
     "poisoned weight": _poison,
     "noisy scores": _noisy_scores,
+    "noisy policy": _noisy_policy,
 }

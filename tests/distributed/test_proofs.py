@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 from parity import CP2, DISTRIBUTED_OPTIMIZER, PP2, SP, TP2, VPP2
 from rank_pool import RankPool
-from tiny_run import read_metrics, refusal_on_rank, train_on_rank
+from tiny_run import (
+    TinyData,
+    output_on_rank,
+    read_metrics,
+    refusal_on_rank,
+    score_own_weights_on_rank,
+    train_on_rank,
+    write_config,
+)
 
 ConfigFile = Callable[..., Path]
 Layout = tuple[int, dict[str, Any]]
@@ -162,10 +170,90 @@ def test_replicas_that_agree_go_on(pool: RankPool, config_file: ConfigFile):
 
 
 STEP_0: dict[str, tuple[Layout, dict[str, Any]]] = {
-    "one rank, packed": ((1, {}), PACKED),
+    "one rank packed": ((1, {}), PACKED),
     "TP2 sequence parallel": ((2, TP2 | SP), {}),
     "PP2 VPP2": ((2, PP2 | VPP2), {}),
+    "DP2": ((2, {}), {}),
     "CP2": ((2, CP2), {}),
     "CP2 packed": ((2, CP2), PACKED),
     "CP2 PP2 packed": ((4, CP2 | PP2), PACKED),
 }
+
+
+@pytest.fixture(scope="module")
+def own_reference(pool: RankPool, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scored by one rank, padded, from the weights that the runs start from."""
+    folder = tmp_path_factory.mktemp("own")
+    config = write_config(folder / "run.yaml", tiny_data.store, tiny_data.reference)
+    pool.run(1, score_own_weights_on_rank, ["--config", str(config)], str(tiny_data.store), str(folder / "reference"))
+    return folder / "reference"
+
+
+@pytest.fixture(scope="module")
+def saved_weights(pool: RankPool, tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint."""
+    folder = tmp_path_factory.mktemp("saved")
+    config = write_config(
+        folder / "run.yaml",
+        tiny_data.store,
+        tiny_data.reference,
+        training={"train_iters": 1},
+        optimizer={"lr_warmup_iters": 0},
+        checkpoint={"save": str(folder / "run")},
+    )
+    pool.run(1, train_on_rank, ["--config", str(config)])
+    return folder / "run"
+
+
+@pytest.mark.parametrize("kind", ["cached", "resident"])
+@pytest.mark.parametrize("layout", STEP_0)
+def test_a_policy_that_starts_from_its_reference_is_held_to_scores_of_0(
+    pool: RankPool, config_file: ConfigFile, own_reference: Path, saved_weights: Path, layout: str, kind: str
+):
+    """Both that the check passes, and that it would not have with scores off by 0.1."""
+    (num_ranks, parallel), training = STEP_0[layout]
+    reference = {
+        "cached": {"objective": {"reference_logprobs": str(own_reference)}},
+        "resident": {
+            "objective": {"reference": "resident", "reference_logprobs": None},
+            "checkpoint": {"pretrained_checkpoint": str(saved_weights)},
+        },
+    }[kind]
+    config = config_file(
+        parallel=parallel, training={"train_iters": 1, **training}, optimizer={"lr_warmup_iters": 0}, **reference
+    )
+    argv = ["--config", str(config)]
+    found = re.search(
+        r"step 0: policy = reference; largest score (\S+), \S+ per token; preference loss (\S+), closed form (\S+),",
+        "".join(pool.run(num_ranks, output_on_rank, argv)),
+    )
+    assert found
+    assert float(found[1]) <= 1e-4
+    assert float(found[2]) == pytest.approx(float(found[3]), abs=1e-5)
+    answers = pool.run(num_ranks, refusal_on_rank, argv, "noisy policy")
+    assert len(set(answers)) == 1
+    assert "the policy starts with the reference's weights, but a response has" in answers[0][1]
+
+
+def test_small_differences_that_all_push_the_loss_one_way_are_refused_at_step_0(
+    pool: RankPool, config_file: ConfigFile, tiny_data: TinyData, tmp_path: Path
+):
+    """Nine tenths of the tolerance in every token: no response is out of it, the loss is."""
+    reference = tmp_path / "reference"
+    argv = ["--config", str(config_file())]
+    pool.run(1, score_own_weights_on_rank, argv, str(tiny_data.store), str(reference), 0.0, 9e-5)
+    config = config_file(parallel=CP2 | PP2, training=PACKED, objective={"reference_logprobs": str(reference)})
+    answers = pool.run(4, refusal_on_rank, ["--config", str(config)])
+    assert len(set(answers)) == 1
+    assert re.search(r"the preference loss is \S+, not its closed form .* the differences have a side", answers[0][1])
+
+
+@pytest.mark.parametrize(
+    "layout", [(1, {}), (2, CP2), (4, CP2 | TP2 | SP)], ids=["one rank", "CP2", "CP2 TP2 sequence parallel"]
+)
+def test_drift_between_the_passes_stops_a_packed_run(pool: RankPool, config_file: ConfigFile, layout: Layout):
+    num_ranks, parallel = layout
+    config = config_file(parallel=parallel, training={"score_drift_threshold": 1e-3, **PACKED})
+    answers = pool.run(num_ranks, refusal_on_rank, ["--config", str(config)], "noisy scores")
+    assert len(set(answers)) == 1
+    assert "differ by 3.000e-02, more than score_drift_threshold 1.000e-03" in answers[0][1]  # beta 0.3

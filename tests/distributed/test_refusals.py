@@ -96,7 +96,7 @@ def test_reference_numbers_that_are_not_the_policys_are_refused_at_step_0(
 ):
     reference = tmp_path / "shifted"
     argv = ["--config", str(config_file())]
-    pool.run(1, write_shifted_reference, argv, str(tiny_data.store), str(reference))
+    pool.run(1, score_own_weights_on_rank, argv, str(tiny_data.store), str(reference), 0.5)
     config = config_file(parallel=PP2, objective={"reference_logprobs": str(reference)})
     answers = pool.run(2, refusal_on_rank, ["--config", str(config)])
     assert len(set(answers)) == 1
@@ -104,7 +104,3 @@ def test_reference_numbers_that_are_not_the_policys_are_refused_at_step_0(
     assert kind == "UserError"
     assert "starts with the reference's weights" in message
     assert "tools/score_reference.py" in message
-
-
-def write_shifted_reference(argv: list[str], store: str, folder: str) -> None:
-    score_own_weights_on_rank(argv, store, folder, shift=0.5)

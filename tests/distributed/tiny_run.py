@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
@@ -137,13 +138,25 @@ def refusal_on_rank(argv: Sequence[str], fault: str | None = None) -> tuple[str,
     raise AssertionError("the run went through")
 
 
+def output_on_rank(argv: Sequence[str], fault: str | None = None) -> str:
+    """What :func:`train_on_rank` prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        train_on_rank(argv, fault)
+    return output.getvalue()
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def score_own_weights_on_rank(argv: Sequence[str], store: str, folder: str, *, shift: float = 0.0) -> None:
-    """Write as reference what the very weights give that the run of ``argv`` starts from, plus ``shift``."""
+def score_own_weights_on_rank(
+    argv: Sequence[str], store: str, folder: str, shift: float = 0.0, side_per_token: float = 0.0
+) -> None:
+    """Write as reference what the very weights give that the run of ``argv`` starts from.
+
+    Plus ``shift``, and plus ``side_per_token`` for each token of a positive, minus it for each of a negative.
+    """
     from megatron_groupdpo.config import load_config
     from megatron_groupdpo.data.store import TokenStore
     from megatron_groupdpo.mcore.setup import initialize, shut_down
@@ -154,11 +167,14 @@ def score_own_weights_on_rank(argv: Sequence[str], store: str, folder: str, *, s
     ranks = initialize(config.parallel, seed=config.training.seed)
     try:
         run, opened = build_run(config, ranks), TokenStore.open(store)
-        key = ReferenceKey(store_digest=opened.digest, weights_digest=run.policy.weights_digest(), precision="fp32")
+        precision = "bf16" if config.precision.bf16 else "fp32"
+        key = ReferenceKey(store_digest=opened.digest, weights_digest=run.policy.weights_digest(), precision=precision)
         writer = ReferenceWriter(Path(folder), opened, key)
         for planned in run.train.once(4):
             logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
             assert logps_R is not None
-            writer.put(planned.batch.response_ids_R.numpy(), logps_R.numpy() + shift)
+            labels_R = planned.batch.to_flat(planned.batch.labels_GK.double())
+            changed_R = logps_R + shift + side_per_token * labels_R * planned.batch.num_tokens_R
+            writer.put(planned.batch.response_ids_R.numpy(), changed_R.numpy())
     finally:
         shut_down()

@@ -82,6 +82,26 @@ def test_labels_and_values_keep_every_response_and_mark_the_padding(groups: list
         assert bool((batch.flat_index_GK[g, size:] == -1).all())
 
 
+@settings(max_examples=50, deadline=None)
+@given(groups_of_responses, st.data())
+def test_selected_groups_keep_their_responses_and_number_them_anew(
+    groups: list[list[tuple[int, int, bool]]], data: st.DataObject
+):
+    _, batch = make(groups)
+    chosen = sorted(data.draw(st.sets(st.integers(0, len(groups) - 1), min_size=1)))
+    part, own_R = batch.select(chosen), batch.responses_of(chosen)
+    assert [row.index for row in part.rows] == list(range(len(own_R)))
+    for row, old in zip(part.rows, own_R.tolist(), strict=True):
+        assert np.array_equal(row.tokens_S, batch.rows[old].tokens_S)
+        assert np.array_equal(row.target_positions_T, batch.rows[old].target_positions_T)
+    values_R = torch.randn(batch.num_responses)
+    assert torch.equal(part.to_groups(values_R[own_R]), batch.to_groups(values_R)[chosen])
+    assert torch.equal(part.response_ids_R, batch.response_ids_R[own_R])
+    assert torch.equal(part.num_tokens_R, batch.num_tokens_R[own_R])
+    for name in ("labels_GK", "tie_keys_GK", "group_keys_G", "values_GK"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(batch, name)[chosen])
+
+
 def test_masked_tokens_are_context_and_do_not_count():
     sample = GroupSample(
         group_id=0,
