@@ -34,6 +34,16 @@ def loaded(folder: Path, ranks: Ranks) -> Policy:
     return policy
 
 
+def test_the_dropout_of_a_hugging_face_model_stays_behind(hf_models: HfModels, ranks: Ranks):
+    """GPT-2's configuration has 0.1 by default; both passes of training must see one function."""
+    folder = hf_models("gpt2")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["resid_pdrop"] == config["attn_pdrop"] == config["embd_pdrop"] == 0.1
+    policy = loaded(folder, ranks)
+    assert (policy.config.hidden_dropout, policy.config.attention_dropout) == (0.0, 0.0)
+    assert not [m.p for chunk in policy.chunks for m in chunk.modules() if isinstance(m, torch.nn.Dropout) and m.p]
+
+
 @pytest.mark.parametrize("name", CONFIG_NAMES)
 def test_log_probs_of_every_token_equal_those_of_transformers(name: str, hf_models: HfModels, ranks: Ranks):
     folder = hf_models(name)
