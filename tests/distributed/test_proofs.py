@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tiny_run import (
     score_own_weights_on_rank,
     train_on_rank,
     write_config,
+    write_reference,
 )
 
 ConfigFile = Callable[..., Path]
@@ -25,6 +27,7 @@ Layout = tuple[int, dict[str, Any]]
 OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True}
 PACKED: dict[str, Any] = {"micro_batch_size": None, "max_tokens_per_microbatch": 128}
 SEPARABLE: dict[str, Any] = {"objective": "group_bce"}
+NO_WARMUP: dict[str, Any] = {"optimizer": {"lr_warmup_iters": 0}}
 SFT: dict[str, Any] = {"objective": "sft", "beta": 0.1, "reference": "none", "reference_logprobs": None}
 FP32 = 1e-5
 
@@ -111,6 +114,44 @@ def test_a_gradient_that_is_not_the_losss_stops_the_run_before_an_update(
     if case.startswith("average"):
         assert float(numbers[1]) == pytest.approx(0.5, rel=1e-3)
     assert read_metrics(save) == []
+
+
+def test_the_norm_counts_every_element_of_the_model_once(pool: RankPool, config_file: ConfigFile):
+    """Norms under tensor parallelism, both ends of a tied embedding, replicas and shards of the optimizer."""
+    norms = []
+    for num_ranks, parallel in (
+        (1, {}),
+        (2, TP2 | SP),
+        (2, PP2),
+        (2, {}),
+        (2, DISTRIBUTED_OPTIMIZER | OVERLAP),
+        (4, TP2 | PP2),
+    ):
+        config = config_file(parallel=parallel, training={"train_iters": 1, "verify_gradients": 1}, **NO_WARMUP)
+        output = "".join(pool.run(num_ranks, output_on_rank, ["--config", str(config)]))
+        (found,) = re.findall(r"\|\|one graph\|\| (\S+) = \S+, two passes (\S+),", output)
+        norms += map(float, found)
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
+
+
+def test_bf16_has_a_tolerance_of_its_own_and_a_lost_response_is_out_of_it(
+    pool: RankPool, config_file: ConfigFile, tiny_data: TinyData, tmp_path: Path
+):
+    reference, save = tmp_path / "reference", tmp_path / "run"
+    write_reference(tiny_data.store, reference, precision="bf16")
+    config = config_file(
+        precision={"bf16": True},
+        training={"train_iters": 2, "verify_gradients": 2},
+        objective={"reference_logprobs": str(reference)},
+        checkpoint={"save": str(save)},
+    )
+    argv = ["--config", str(config)]
+    pool.run(2, train_on_rank, argv)
+    assert all(1e-4 < line["gradient_gap"] <= 5e-2 for line in read_metrics(save))
+    shutil.rmtree(save)
+    answers = pool.run(2, refusal_on_rank, argv, "a response without a weight")
+    assert "the gradient of the two passes is not that of the loss" in answers[0][1]
+    assert "tolerance 5e-02" in answers[0][1]
 
 
 def test_gradients_are_verified_again_after_a_resume(pool: RankPool, config_file: ConfigFile, tmp_path: Path):
