@@ -144,14 +144,15 @@ def test_bf16_has_a_tolerance_of_its_own_and_a_lost_response_is_out_of_it(
         training={"train_iters": 2, "verify_gradients": 2},
         objective={"reference_logprobs": str(reference)},
         checkpoint={"save": str(save)},
+        **NO_WARMUP,
     )
     argv = ["--config", str(config)]
     pool.run(2, train_on_rank, argv)
-    assert all(1e-4 < line["gradient_gap"] <= 5e-2 for line in read_metrics(save))
+    assert all(1e-4 < line["gradient_gap"] <= 1e-1 for line in read_metrics(save))
     shutil.rmtree(save)
     answers = pool.run(2, refusal_on_rank, argv, "a response without a weight")
     assert "the gradient of the two passes is not that of the loss" in answers[0][1]
-    assert "tolerance 5e-02" in answers[0][1]
+    assert "tolerance 1e-01" in answers[0][1]
 
 
 def test_gradients_are_verified_again_after_a_resume(pool: RankPool, config_file: ConfigFile, tmp_path: Path):
