@@ -74,6 +74,11 @@ def _average_over_replicas(stack: ExitStack, run: Run) -> None:
                 bucket.gradient_scaling_factor = 1 / run.ranks.dp_cp_group.size()
 
 
+def _divide_by_the_microbatches(stack: ExitStack, run: Run) -> None:
+    """Megatron's schedule then divides every loss by their number, whatever backward it runs."""
+    stack.enter_context(mock.patch.object(run.policy.config, "calculate_per_token_loss", False))
+
+
 def _sum_over_replicas_alone(stack: ExitStack, run: Run) -> None:
     """Neither norms under sequence parallelism nor tied embeddings get the other ranks' parts."""
 
@@ -144,6 +149,7 @@ FAULTS: dict[str, Inject] = {
     "a response without a weight": _weights(lambda weights_R: weights_R * (torch.arange(len(weights_R)) != 1)),
     "loss times cp": _loss_function(lambda self, found: (self.cp_group.size() * found[0], *found[1:])),
     "the schedule's rescaling": _loss_function(lambda self, found: (found[0], found[2])),
+    "the schedule's mean": _divide_by_the_microbatches,
     "the cp sum counts every rank": _cp_sum_counts_every_rank,
     "a lost microbatch": _lose_the_last_microbatch,
     "a data-parallel average": _average_over_replicas,
