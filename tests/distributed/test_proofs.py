@@ -81,7 +81,7 @@ CAUGHT: dict[str, tuple[str, Layout, dict[str, Any]]] = {
     "cp factor, packed": ("loss times cp", (4, CP2 | PP2), PACKED),
     "cp sum": ("the cp sum counts every rank", (2, CP2), {}),
     "schedule": ("the schedule's rescaling", (2, PP2), {}),
-    "mean over microbatches": ("the schedule's mean", (1, {}), {}),
+    "mean over microbatches": ("the schedule's mean", (1, {}), {"micro_batch_size": 3}),
     "lost microbatch": ("a lost microbatch", (1, {}), {}),
     "lost microbatch, PP2": ("a lost microbatch", (2, PP2), {"micro_batch_size": 1}),
     "average": ("a data-parallel average", (2, {}), {}),
