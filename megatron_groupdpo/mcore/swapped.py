@@ -24,7 +24,8 @@ class SwappedWeights:
     def __init__(self, chunks: Sequence[Any], device: torch.device) -> None:
         """Copy what the chunks hold now."""
         # Buffers too: whatever a forward pass keeps in them belongs to the weights it was made with.
-        self._held = [tensor.data for chunk in chunks for tensor in (*chunk.parameters(), *chunk.buffers())]
+        modules = [_unwrapped(chunk) for chunk in chunks]
+        self._held = [tensor.data for module in modules for tensor in (*module.parameters(), *module.buffers())]
         assert all(tensor.is_contiguous() for tensor in self._held)
         self._host = [_on_host(tensor, pinned=device.type == "cuda") for tensor in self._held]
 
@@ -76,6 +77,12 @@ def load_swapped_reference(folder: Path, policy: Policy) -> SwappedReference:
     load_weights(folder, policy.chunks, model=policy.identity)
     weights = SwappedWeights(policy.chunks, policy.ranks.device)
     return SwappedReference(engine=SwappedEngine(policy.engine, weights), digest=policy.weights_digest())
+
+
+def _unwrapped(chunk: Any) -> torch.nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
 
 
 def _on_host(tensor: Tensor, *, pinned: bool) -> Tensor:

@@ -172,9 +172,11 @@ def _open(
         num_taken_over = writer.take_over() if len(writer.missing()) else 0
         missing_R = np.zeros(store.num_responses, dtype=bool)
         missing_R[writer.missing()] = True
-        answer[0] = (num_taken_over, np.packbits(missing_R))
+        answer = [num_taken_over, np.packbits(missing_R)]
+    else:
+        answer = [None, None]
     _from_logger(ranks, answer)
-    num_taken_over, bits = answer[0]
+    num_taken_over, bits = answer
     return writer, np.unpackbits(bits, count=store.num_responses).astype(bool), num_taken_over
 
 

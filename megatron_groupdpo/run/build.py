@@ -318,7 +318,7 @@ def open_reference(config: TrainConfig, dataset: GroupDataset) -> ReferenceLogPr
     )
 
 
-def _same_weights(policy: Policy, resident: Policy | None, cached: ReferenceLogProbs | None) -> bool:
+def _same_weights(policy: Policy, resident: Policy | SwappedReference | None, cached: ReferenceLogProbs | None) -> bool:
     if resident is not None:
         return policy.weights_digest() == resident.weights_digest()
     return cached is not None and policy.weights_digest() == cached.weights_digest

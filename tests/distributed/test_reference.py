@@ -199,14 +199,14 @@ def losses_with(
 
     def run(name: str, num_ranks: int, **sections: dict[str, Any]) -> tuple[str, list[float]]:
         checkpoint = {"pretrained_checkpoint": str(start), "save": str(tmp_path / name)}
-        config = config_file(**sections, checkpoint=checkpoint | sections.pop("checkpoint", {}))
+        config = config_file(**sections, checkpoint=checkpoint)
         digests = pool.run(num_ranks, train_on_rank, ["--config", str(config)])
         return digests[0], [line["loss"] for line in read_metrics(tmp_path / name)]
 
     return run
 
 
-RESIDENT = {"reference": "resident", "reference_logprobs": None}
+RESIDENT: dict[str, Any] = {"reference": "resident", "reference_logprobs": None}
 
 
 @pytest.mark.parametrize("name", ["pp2", "cp2", "packed", "packed-cp2", "packed-pp2-dp2"])
@@ -259,7 +259,7 @@ def swap_on_rank(checkpoint: str, other: str) -> dict[str, Any]:
         policy = load_policy(Path(checkpoint), parallel, PrecisionConfig(), ranks, training=True)
         reference = load_swapped_reference(find_checkpoint(Path(other)), policy)
         load_weights(find_checkpoint(Path(checkpoint)), policy.chunks, model=policy.identity)
-        found = {"reference": reference.weights_digest(), "before": policy.weights_digest()}
+        found: dict[str, Any] = {"reference": reference.weights_digest(), "before": policy.weights_digest()}
         places = [parameter.data_ptr() for chunk in policy.chunks for parameter in chunk.parameters()]
 
         def fails(_microbatches: Any, _num_responses: int) -> Any:

@@ -115,7 +115,7 @@ def train_on_rank(argv: Sequence[str], *, poisoned: bool = False) -> str:
     config = load_config(argv)
     ranks = initialize(config.parallel, seed=config.training.seed)
     try:
-        validate(config, ranks.tp_group.size() * ranks.pp_group.size() * ranks.dp_group.size())
+        validate(config, ranks.tp_group.size() * ranks.pp_group.size() * ranks.dp_cp_group.size())
         run = build_run(config, ranks)
         if poisoned and ranks.is_first_stage:
             next(run.policy.chunks[0].parameters()).data.view(-1)[0] = float("nan")
