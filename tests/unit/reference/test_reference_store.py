@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_groupdpo.data import store_format as fmt
-from megatron_groupdpo.data.prepare import PreparedGroup
-from megatron_groupdpo.data.store import StoreIdentity, StoreWriter, TokenStore
+from megatron_groupdpo.data.blocks import PreparedGroup
+from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.data.store_writer import StoreIdentity, StoreWriter
+from megatron_groupdpo.data.work_folder import whole_folder
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.reference.content import content_hashes, group_hashes, take_over
 from megatron_groupdpo.reference.store import ReferenceKey, ReferenceLogProbs, ReferenceWriter, store_folder
@@ -33,8 +35,8 @@ def group(prompt: list[int], *responses: list[int], masks=None, labels=None) -> 
 
 
 def make_store(path: Path, groups: list[PreparedGroup]) -> TokenStore:
-    with fmt.whole_folder(path, overwrite=False) as folder:
-        writer = StoreWriter(folder, StoreIdentity(tokenizer=IDENTITY, options={}))
+    identity = StoreIdentity(tokenizer=IDENTITY, options={})
+    with whole_folder(path, overwrite=False) as folder, closing(StoreWriter(folder, identity)) as writer:
         for item in groups:
             writer.add(item, 0)
         writer.finish(sources=[{"path": "in.jsonl", "schema": "canonical"}], counts=[])
