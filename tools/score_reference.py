@@ -20,7 +20,8 @@ EXAMPLE = """example:
   torchrun --nproc-per-node 2 tools/score_reference.py --load runs/warm --data-path data/groups.store \\
       --output data/reference --pipeline-model-parallel-size 2 --micro-batch-size 8
 
-A run that is killed goes on where it stopped. The numbers do not depend on the layout. Train with
+A run that is killed goes on where it stopped. Responses that the same weights have scored in another store under
+--output (the store has grown, say) take over those numbers. The numbers do not depend on the layout. Train with
   --reference cached --reference-logprobs data/reference
 """
 
@@ -58,6 +59,31 @@ def check_token_budget(budget: int | None, stores: Sequence[TokenStore], paralle
                 f"--max-tokens-per-microbatch {budget} cannot hold the longest prompt and response of {store.path}, "
                 f"{longest} tokens; give at least {needed}"
             )
+
+
+class Progress:
+    """Two bars one after the other: hashing the content, which may be over at once, and scoring."""
+
+    def __init__(self, store: TokenStore, *, quiet: bool) -> None:
+        self._path, self._quiet = store.path, quiet
+        self._bar = tqdm(total=len(store), unit=" groups", desc=f"hash {self._path}", delay=2.0, disable=quiet)
+
+    def hashed(self, num_groups: int) -> None:
+        """So many groups were hashed."""
+        self._bar.update(num_groups)
+
+    def start(self, done: int, total: int) -> None:
+        """Scoring begins, ``done`` of ``total`` groups need no pass."""
+        self.close()
+        self._bar = tqdm(total=total, initial=done, unit=" groups", desc=f"score {self._path}", disable=self._quiet)
+
+    def scored(self, num_groups: int) -> None:
+        """So many groups were scored."""
+        self._bar.update(num_groups)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
 
 
 def main() -> None:
@@ -100,19 +126,25 @@ def main() -> None:
         max_tokens_per_microbatch=args.max_tokens_per_microbatch,
     )
     for store in stores:
-        bar = tqdm(total=len(store), unit=" groups", desc=f"score {store.path}", disable=not ranks.is_logger)
-        written = score_store(
+        progress = Progress(store, quiet=not ranks.is_logger)
+        done = score_store(
             policy,
             store,
             Path(args.output),
             plan=plan,
             groups_per_batch=args.groups_per_batch,
-            on_start=lambda done, _total, bar=bar: bar.update(done),
-            on_groups=bar.update,
+            on_hashed=progress.hashed,
+            on_start=progress.start,
+            on_groups=progress.scored,
         )
-        bar.close()
+        progress.close()
         if ranks.is_logger:
-            print(f"{store.path}: {written} of {store.num_responses} responses scored into {args.output}", flush=True)
+            before = store.num_responses - done.num_scored - done.num_taken_over
+            print(
+                f"{store.path}: {done.num_scored} of {store.num_responses} responses scored into {args.output}, "
+                f"{done.num_taken_over} taken over from other stores, {before} there before",
+                flush=True,
+            )
     shut_down()
 
 

@@ -74,9 +74,14 @@ class ObjectiveConfig:
     one_sided_nll: bool = False
     """Groups that are empty for the objective (say, without a negative) keep their NLL; otherwise they are left out."""
     reference: Literal["cached", "resident", "none"] = "cached"
-    """log pi_ref read from reference_logprobs; computed by a second model; or, for objectives without one, none."""
+    """log pi_ref read from reference_logprobs; computed by the model of pretrained_checkpoint; or, for objectives
+    without one, none."""
     reference_logprobs: str | None = None
     """Store of reference log-probabilities (cached)."""
+    reference_probe_groups: NonNegativeInt = 8
+    """Groups to score again at load if pretrained_checkpoint has the reference's weights and the policy others."""
+    reference_offload: bool = False
+    """Keep the weights of a resident reference on the host, swapped with the policy's for its scoring pass."""
     label_smoothing: float | None = hyperparameter("label_smoothing")
     """Probability in [0, 0.5) that a preference is flipped (conservative DPO)."""
     pair_selection: Literal["best_worst", "random"] | None = hyperparameter("pair_selection")

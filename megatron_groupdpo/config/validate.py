@@ -300,9 +300,14 @@ _IDLE = (
         because="objective 'sft' has no preference term",
     ),
     _Idle(
-        fields=("objective.reference_logprobs",),
+        fields=("objective.reference_logprobs", "objective.reference_probe_groups"),
         when=lambda c: c.objective.reference != "cached",
         because="reference is not cached",
+    ),
+    _Idle(
+        fields=("objective.reference_offload",),
+        when=lambda c: c.objective.reference != "resident",
+        because="reference is not resident",
     ),
     _Idle(
         fields=("training.score_drift_threshold",),

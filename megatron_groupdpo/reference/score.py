@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,22 @@ from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.errors import DataError, UserError
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.mcore.setup import Ranks
+from megatron_groupdpo.reference.content import HASH_WORDS, group_hashes
 from megatron_groupdpo.reference.store import ReferenceKey, ReferenceWriter
+from megatron_groupdpo.types import GroupBatch, GroupSample
+
+_GROUPS_TO_HASH = 4096
+"""Groups between two exchanges of hashes, on each rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What :func:`score_store` did; counts of responses."""
+
+    num_scored: int
+    """Run through the model."""
+    num_taken_over: int
+    """Taken from other stores that the same weights had scored."""
 
 
 def score_store(
@@ -29,8 +45,14 @@ def score_store(
     groups_per_batch: int,
     on_groups: Callable[[int], None] = lambda count: None,
     on_start: Callable[[int, int], None] = lambda done, total: None,
-) -> int:
-    """Write the summed log-probability of every response of ``store`` that has none yet; how many were written.
+    on_hashed: Callable[[int], None] = lambda count: None,
+) -> Scored:
+    """Write the summed log-probability of every response of ``store`` that has none yet.
+
+    A response whose content the same weights have scored in another store under ``root`` takes over that number, bit
+    for bit. Only the other responses are run. A response's number may differ in rounding with those it shares a
+    microbatch with, so a store scored in two steps equals one scored at once to rounding, and to the bit where the
+    microbatches are the same.
 
     Args:
         policy: the reference model, on whatever layout; every rank makes the same call.
@@ -39,7 +61,8 @@ def score_store(
         plan: microbatches.
         groups_per_batch: groups of one schedule call; what a kill loses at most.
         on_groups: called with the number of groups just written, on the logging rank.
-        on_start: called with the groups done by an earlier run and the groups of the store, on the logging rank.
+        on_start: called with the groups that need no pass and the groups of the store, on the logging rank.
+        on_hashed: called with the number of groups just hashed to find their numbers, on the logging rank.
 
     Raises:
         DataError: the folder holds numbers of other weights or another precision.
@@ -51,25 +74,14 @@ def score_store(
         weights_digest=policy.weights_digest(),
         precision="bf16" if policy.config.bf16 else "fp32",
     )
-    writer, missing_G = _open(policy.ranks, store, root, key)
+    writer, missing_R, num_taken_over = _open(policy.ranks, store, root, key, on_hashed)
+    lacks_G = np.logical_or.reduceat(missing_R, store.first_response_G1[:-1]) if len(store) else np.empty(0, dtype=bool)
+    missing_G = np.flatnonzero(lacks_G)
     if writer is not None:
         on_start(len(store) - len(missing_G), len(store))
-    written = 0
     for start in range(0, len(missing_G), groups_per_batch):
         ids = missing_G[start : start + groups_per_batch]
-        samples = [store[int(group_id)] for group_id in ids]
-        batch = build_batch(
-            samples,
-            group_keys_G=torch.zeros(len(samples), dtype=torch.int64),
-            needs_pass=lambda given: given["labels_GK"] != 0,
-        )
-        microbatches = build_microbatches(
-            plan_batch(batch, plan),
-            plan,
-            rank=policy.ranks.dp_group.rank(),
-            context_rank=policy.ranks.cp_group.rank(),
-        )
-        logps_R = policy.engine.score(microbatches, batch.num_responses)
+        batch, logps_R = score_groups(policy, [store[int(group_id)] for group_id in ids], plan, only=missing_R)
         bad = torch.zeros((), dtype=torch.int64, device=policy.ranks.device)
         if logps_R is not None:
             bad += (~torch.isfinite(logps_R)).sum()
@@ -82,8 +94,38 @@ def score_store(
             assert logps_R is not None
             writer.put(batch.response_ids_R.numpy(), logps_R.cpu().numpy())
             on_groups(len(ids))
-        written += batch.num_responses
-    return written
+    return Scored(num_scored=int(missing_R.sum()), num_taken_over=num_taken_over)
+
+
+def score_groups(
+    policy: Policy, samples: Sequence[GroupSample], plan: PlanOptions, *, only: np.ndarray | None = None
+) -> tuple[GroupBatch, torch.Tensor | None]:
+    """Summed log-probabilities [R] float64 of the groups' responses, on ranks that hold the output layer.
+
+    Args:
+        policy: every rank makes the same call.
+        samples: groups; responses are numbered by their ``first_response_id``.
+        plan: microbatches.
+        only: bool by response id, False for those that get no pass.
+    """
+
+    def needs_pass(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        passes_GK = given["labels_GK"] != 0
+        if only is not None:
+            for g, sample in enumerate(samples):
+                size = len(sample.response_tokens)
+                asked_K = only[sample.first_response_id : sample.first_response_id + size]
+                passes_GK[g, :size] &= torch.from_numpy(np.array(asked_K))
+        return passes_GK
+
+    batch = build_batch(samples, group_keys_G=torch.zeros(len(samples), dtype=torch.int64), needs_pass=needs_pass)
+    microbatches = build_microbatches(
+        plan_batch(batch, plan),
+        plan,
+        rank=policy.ranks.dp_group.rank(),
+        context_rank=policy.ranks.cp_group.rank(),
+    )
+    return batch, policy.engine.score(microbatches, batch.num_responses)
 
 
 def _check_fit(policy: Policy, store: TokenStore) -> None:
@@ -100,22 +142,62 @@ def _check_fit(policy: Policy, store: TokenStore) -> None:
         )
 
 
-def _open(ranks: Ranks, store: TokenStore, root: Path, key: ReferenceKey) -> tuple[ReferenceWriter | None, np.ndarray]:
-    """The writer on the logging rank, and on every rank the groups that still lack a number."""
+def _open(
+    ranks: Ranks, store: TokenStore, root: Path, key: ReferenceKey, on_hashed: Callable[[int], None]
+) -> tuple[ReferenceWriter | None, np.ndarray, int]:
+    """The writer on the logging rank; on every rank, which responses lack a number (bool [R]), how many took one over.
+
+    Raises:
+        DataError: the folder holds numbers of another key.
+    """
     writer = None
     answer: list[Any] = [None]
     if ranks.is_logger:
         try:
             writer = ReferenceWriter(root, store, key)
-            missing_R = writer.missing()
-            answer[0] = np.unique(np.searchsorted(store.first_response_G1, missing_R, side="right") - 1)
+            answer[0] = len(writer.missing()) > 0 and not writer.knows_content
         except UserError as error:
             answer[0] = error  # every rank must stop with it
     _from_logger(ranks, answer)
     if isinstance(answer[0], UserError):
         raise answer[0]
-    assert answer[0] is not None
-    return writer, answer[0]
+    if answer[0]:
+        blocks = _hash_blocks(ranks, store, on_hashed)
+        if writer is not None:
+            writer.write_content(blocks)
+        else:
+            for _ in blocks:  # each is exchanged by all ranks
+                pass
+    if writer is not None:
+        num_taken_over = writer.take_over() if len(writer.missing()) else 0
+        missing_R = np.zeros(store.num_responses, dtype=bool)
+        missing_R[writer.missing()] = True
+        answer = [num_taken_over, np.packbits(missing_R)]
+    else:
+        answer = [None, None]
+    _from_logger(ranks, answer)
+    num_taken_over, bits = answer
+    return writer, np.unpackbits(bits, count=store.num_responses).astype(bool), num_taken_over
+
+
+def _hash_blocks(ranks: Ranks, store: TokenStore, on_hashed: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """Hashes [n, 2] uint64 of all responses in order, a block of groups at a time, each made by all ranks together."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    for start in range(0, len(store), _GROUPS_TO_HASH * world):
+        stop = min(start + _GROUPS_TO_HASH * world, len(store))
+        own_start, own_stop = (start + (stop - start) * part // world for part in (rank, rank + 1))
+        first, own_first, own_end, end = (
+            int(store.first_response_G1[group_id]) for group_id in (start, own_start, own_stop, stop)
+        )
+        block = torch.zeros((end - first, HASH_WORDS), dtype=torch.int64)
+        block[own_first - first : own_end - first] = torch.from_numpy(
+            group_hashes(store, own_start, own_stop).view(np.int64)
+        )
+        block = block.to(ranks.device)
+        dist.all_reduce(block)
+        if ranks.is_logger:
+            on_hashed(stop - start)
+        yield block.cpu().numpy().view(np.uint64)
 
 
 def _from_logger(ranks: Ranks, answer: list[Any]) -> None:

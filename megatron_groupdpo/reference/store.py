@@ -2,29 +2,32 @@
 
 A reference folder holds one subfolder per token store, named by the store's digest:
 
-    logps.npy   [R] float64, NaN where not scored yet; memory-mapped
-    meta.json   what the numbers mean: digests of store and weights, precision, version of the scoring
+    logps.npy    [R] float64, NaN where not scored yet; memory-mapped
+    content.bin  [R, 2] uint64, the content of each response as a hash (reference/content.py)
+    meta.json    what the numbers mean: digests of store and weights, precision, version of the scoring
 
-so that one folder serves training and validation data. Numbers are sums over the response's counted tokens; they do
-not depend on the layout, the micro-batch size or how responses are averaged later.
+so that one folder serves training and validation data, and a store that has grown takes over what was scored of it
+before. Numbers are sums over the response's counted tokens; they do not depend on the layout, the micro-batch size or
+how responses are averaged later.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.reference.content import open_hashes, take_over
 
 SCORING_VERSION = 1
 """Raised by hand when the meaning of the stored numbers changes."""
-_LOGPS, _META = "logps.npy", "meta.json"
+_LOGPS, _CONTENT, _META = "logps.npy", "content.bin", "meta.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +45,7 @@ class ReferenceWriter:
     """Fills the log-probabilities of one token store; picks up where an earlier run with the same key stopped."""
 
     def __init__(self, root: Path, store: TokenStore, key: ReferenceKey) -> None:
+        self.key = key
         self.folder = store_folder(root, store)
         if self.folder.exists():
             _check_key(self.folder, _read_key(self.folder), key)
@@ -61,6 +65,39 @@ class ReferenceWriter:
         """Store log-probabilities [R] float64 of responses [R] int64; on disk when this returns."""
         self._logps_R[response_ids_R] = logps_R
         self._logps_R.flush()  # type: ignore[attr-defined]
+
+    @property
+    def knows_content(self) -> bool:
+        """Whether the hashes of the responses are there."""
+        return open_hashes(self.folder / _CONTENT, len(self._logps_R)) is not None
+
+    def write_content(self, blocks: Iterable[np.ndarray]) -> None:
+        """Store the hashes of all responses, given in order as [n, 2] uint64 blocks; there whole or not at all."""
+        temporary = self.folder / f"{_CONTENT}.tmp{os.getpid()}"
+        with temporary.open("wb") as stream:
+            for block in blocks:
+                stream.write(np.ascontiguousarray(block, dtype="<u8").tobytes())
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, self.folder / _CONTENT)
+        assert self.knows_content
+
+    def take_over(self) -> int:
+        """Fill missing numbers from the root's other folders of the same weights, precision and scoring version.
+
+        Responses are matched by content; how many were filled.
+        """
+        hashes_R2 = open_hashes(self.folder / _CONTENT, len(self._logps_R))
+        assert hashes_R2 is not None
+        filled = 0
+        for folder in sorted(self.folder.parent.iterdir()):
+            if folder == self.folder or not np.isnan(self._logps_R).any():
+                continue
+            other = _scored_alike(folder, self.key)
+            if other is not None:
+                filled += take_over(self._logps_R, hashes_R2, *other)
+        self._logps_R.flush()  # type: ignore[attr-defined]
+        return filled
 
 
 class ReferenceLogProbs:
@@ -116,6 +153,19 @@ class ReferenceLogProbs:
 def store_folder(root: Path, store: TokenStore) -> Path:
     """Where a token store's numbers are under a reference folder."""
     return root / store.digest[:16]
+
+
+def _scored_alike(folder: Path, key: ReferenceKey) -> tuple[np.ndarray, np.ndarray] | None:
+    """Numbers [R] and hashes [R, 2] of a folder, or None where it is of another key, or lacks a file."""
+    try:
+        found = _read_key(folder)
+        logps_R = np.load(folder / _LOGPS, mmap_mode="r")
+    except (DataError, OSError, ValueError):
+        return None  # not a folder of numbers, or one that is being written
+    hashes_R2 = open_hashes(folder / _CONTENT, len(logps_R))
+    if hashes_R2 is None or replace(found, store_digest=key.store_digest) != key:
+        return None
+    return logps_R, hashes_R2
 
 
 def _read_logps(folder: Path, store: TokenStore) -> np.ndarray:

@@ -36,10 +36,12 @@ from megatron_groupdpo.mcore.checkpoint import (
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks
+from megatron_groupdpo.mcore.swapped import SwappedReference, load_swapped_reference
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.run.batches import BatchSource
 from megatron_groupdpo.run.checks import check_outputs, check_source
 from megatron_groupdpo.run.flops import attention_cost
+from megatron_groupdpo.run.probe import probe_reference
 from megatron_groupdpo.step.coefficients import LossOptions
 
 
@@ -50,8 +52,8 @@ class Run:
     config: TrainConfig
     ranks: Ranks
     policy: Policy
-    reference_policy: Policy | None
-    """A second model, for ``reference: resident``."""
+    reference_policy: Policy | SwappedReference | None
+    """A second model, or weights that take the policy's place, for ``reference: resident``."""
     updater: Updater
     progress: Progress
     train: BatchSource
@@ -96,9 +98,14 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         decay_groups=lr_decay_iters(config) * config.training.global_batch_size,
     )
     updater = Updater(optimizer, schedule)
-    progress = _load(config, source, policy, updater, resumes=resumes)
-    reference_policy = _resident_reference(config, ranks)
     train, valid = _sources(config, loss, ranks, policy, train_data, valid_data)
+    # These may use the policy's own memory, so they come before its weights.
+    reference_policy = _resident_reference(config, policy)
+    not_probed = _probe(config, policy, train, valid, source)
+    progress = _load(config, source, policy, updater, resumes=resumes)
+    starts_from_reference = progress.iteration == 0 and _same_weights(policy, reference_policy, train.reference)
+    if not_probed is not None and not starts_from_reference and ranks.is_logger:
+        print(f"reference: read as it is, no group of it was scored again: {not_probed}", flush=True)
     return Run(
         config=config,
         ranks=ranks,
@@ -114,7 +121,7 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         tokenizer=tokenizer,
         order=order,
         origin=None if source is None else read_common(source)["config"].get("hugging_face"),
-        starts_from_reference=progress.iteration == 0 and _same_weights(policy, reference_policy, train.reference),
+        starts_from_reference=starts_from_reference,
     )
 
 
@@ -218,7 +225,7 @@ def _load_weights(folder: Path, policy: Policy, updater: Updater) -> None:
     updater.optimizer.reload_model_params()  # the float32 master weights are still the initial ones
 
 
-def _resident_reference(config: TrainConfig, ranks: Ranks) -> Policy | None:
+def _resident_reference(config: TrainConfig, policy: Policy) -> Policy | SwappedReference | None:
     if config.objective.reference != "resident":
         return None
     if config.checkpoint.pretrained_checkpoint is None:
@@ -226,7 +233,27 @@ def _resident_reference(config: TrainConfig, ranks: Ranks) -> Policy | None:
             "reference 'resident' is the model of pretrained_checkpoint, which is not set; set --pretrained-checkpoint"
         )
     folder = Path(config.checkpoint.pretrained_checkpoint)
-    return load_policy(folder, config.parallel, config.precision, ranks)
+    if config.objective.reference_offload:
+        return load_swapped_reference(find_checkpoint(folder), policy)
+    return load_policy(folder, config.parallel, config.precision, policy.ranks)
+
+
+def _probe(
+    config: TrainConfig, policy: Policy, train: BatchSource, valid: BatchSource | None, source: Path | None
+) -> str | None:
+    """Check stored numbers; None, or why they could not be. A policy that starts as the reference is checked later."""
+    if train.reference is None:
+        return None
+    sources = [train] if valid is None else [train, valid]
+    digests = [part.reference.weights_digest for part in sources if part.reference is not None]
+    if len(set(digests)) > 1:
+        raise DataError(
+            f"{config.objective.reference_logprobs}: the training data were scored by weights {digests[0]}, the "
+            f"validation data by {digests[1]}; score both with one model"
+        )
+    if config.objective.reference_probe_groups == 0:
+        return "reference_probe_groups is 0"
+    return probe_reference(config, policy, sources, policy_from=source)
 
 
 def _sources(
@@ -291,7 +318,7 @@ def open_reference(config: TrainConfig, dataset: GroupDataset) -> ReferenceLogPr
     )
 
 
-def _same_weights(policy: Policy, resident: Policy | None, cached: ReferenceLogProbs | None) -> bool:
+def _same_weights(policy: Policy, resident: Policy | SwappedReference | None, cached: ReferenceLogProbs | None) -> bool:
     if resident is not None:
         return policy.weights_digest() == resident.weights_digest()
     return cached is not None and policy.weights_digest() == cached.weights_digest

@@ -44,10 +44,10 @@ class TinyData:
     tokenizer: Path
 
 
-def write_groups(path: Path) -> None:
+def write_groups(path: Path, num_groups: int = NUM_GROUPS) -> None:
     """Sums with right and wrong answers, sides of 1 to 3 responses."""
     with path.open("w", encoding="utf-8") as stream:
-        for i in range(NUM_GROUPS):
+        for i in range(num_groups):
             right = [{"text": f"{i} + {2 * i} = {3 * i}" + "." * k, "label": 1} for k in range(1 + i % 2)]
             wrong = [{"text": f"maybe {3 * i + k + 1}", "label": -1} for k in range(1 + i % 3)]
             stream.write(json.dumps({"prompt": f"What is {i} plus {2 * i}?", "responses": right + wrong}) + "\n")

@@ -1,0 +1,90 @@
+"""A reference model without a second model: its weights lie on the host and take the policy's place while it scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_groupdpo.mcore.checkpoint import load_weights
+from megatron_groupdpo.mcore.engine import MegatronEngine
+from megatron_groupdpo.mcore.policy import Policy
+from megatron_groupdpo.types import Microbatch
+
+_ELEMENTS_AT_ONCE = 1 << 26
+
+
+class SwappedWeights:
+    """One host copy of weights, exchanged in place with those of a model and back."""
+
+    def __init__(self, chunks: Sequence[Any], device: torch.device) -> None:
+        """Copy what the chunks hold now."""
+        # Buffers too: whatever a forward pass keeps in them belongs to the weights it was made with.
+        modules = [_unwrapped(chunk) for chunk in chunks]
+        self._held = [tensor.data for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        assert all(tensor.is_contiguous() for tensor in self._held)
+        self._host = [_on_host(tensor, pinned=device.type == "cuda") for tensor in self._held]
+
+    def exchange(self) -> None:
+        """Swap the contents; twice is no change. No tensor moves, so views of them (gradient hooks, buffers of the
+        optimizer) stay what they are."""
+        for held, host in zip(self._held, self._host):
+            here, there = held.view(-1), host.view(-1)
+            for start in range(0, here.numel(), _ELEMENTS_AT_ONCE):
+                part = slice(start, start + _ELEMENTS_AT_ONCE)
+                kept = here[part].clone()
+                here[part].copy_(there[part], non_blocking=True)
+                there[part].copy_(kept, non_blocking=True)
+
+
+class SwappedEngine:
+    """Scores with swapped weights."""
+
+    def __init__(self, engine: MegatronEngine, weights: SwappedWeights) -> None:
+        self._engine, self._weights = engine, weights
+
+    def score(self, microbatches: Sequence[Microbatch], num_responses: int) -> Tensor | None:
+        """See :class:`megatron_groupdpo.engine.Engine`; the policy's weights are back, bit for bit, when it returns."""
+        self._weights.exchange()
+        try:
+            return self._engine.score(microbatches, num_responses)
+        finally:
+            self._weights.exchange()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwappedReference:
+    """What a reference :class:`Policy` is to a run, in the memory of one host copy of this rank's weights."""
+
+    engine: SwappedEngine
+    digest: str
+
+    def weights_digest(self) -> str:
+        """Layout-independent digest of the reference's weights."""
+        return self.digest
+
+
+def load_swapped_reference(folder: Path, policy: Policy) -> SwappedReference:
+    """The reference of a checkpoint, through ``policy``, which is left with the reference's weights: load its own next.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model than the policy.
+    """
+    load_weights(folder, policy.chunks, model=policy.identity)
+    weights = SwappedWeights(policy.chunks, policy.ranks.device)
+    return SwappedReference(engine=SwappedEngine(policy.engine, weights), digest=policy.weights_digest())
+
+
+def _unwrapped(chunk: Any) -> torch.nn.Module:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _on_host(tensor: Tensor, *, pinned: bool) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+    return copy.copy_(tensor)
