@@ -166,12 +166,12 @@ def build_model(
 
 
 def wrap_for_inference(chunks: list[torch.nn.Module], config: TransformerConfig) -> list[torch.nn.Module]:
-    """Half precision where asked; no gradients."""
-    if config.bf16:
-        chunks = [Float16Module(config, chunk) for chunk in chunks]
-    for chunk in chunks:
-        chunk.requires_grad_(False)
-    return chunks
+    """Half precision where asked; no gradient buffers.
+
+    The weights still require gradients: for frozen ones Megatron takes another linear function, whose product may
+    round otherwise than the policy's (seen: one fp32 unit, tensor parallel, one row). Callers use ``torch.no_grad``.
+    """
+    return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
 
 
 def wrap_for_training(
