@@ -15,7 +15,7 @@ from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.reference.score import score_groups
 from megatron_groupdpo.run.batches import BatchSource
 
-FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 2e-2
+FP32_LOGP_TOLERANCE, BF16_LOGP_TOLERANCE = 1e-4, 2e-2
 """Between two layouts, of a log-probability per token of its response."""
 
 
@@ -60,7 +60,7 @@ def probe_reference(
     if policy.ranks.is_logger:
         print(
             f"reference: {num_groups} groups scored again by {folder}; largest difference {max(gaps):.1e} per token, "
-            f"tolerance {_tolerance(config):.0e}",
+            f"tolerance {logp_tolerance(config):.0e}",
             flush=True,
         )
     return None
@@ -79,16 +79,17 @@ def _check_groups(
         worst = int(gaps_R.argmax())  # of NaN and numbers, NaN
         found[:] = torch.stack([gaps_R[worst], logps_R[worst], stored_R[worst], gaps_R.new_tensor(worst)])
     per_token, ours, theirs, worst = policy.ranks.broadcast_from_last_stage(found).tolist()
-    if not per_token <= _tolerance(config):
+    if not per_token <= logp_tolerance(config):
         row, k = (int(place) for place in (batch.flat_index_GK == int(worst)).nonzero()[0])
         raise DataError(
             f"{source.dataset.where(group_ids[row])}: response {k} has reference log-probability {theirs:.6f} in "
             f"{config.objective.reference_logprobs}, but {ours:.6f} by {folder}, whose weights scored it "
-            f"({per_token:.2e} per token, tolerance {_tolerance(config):.0e}); score the data anew into an empty "
+            f"({per_token:.2e} per token, tolerance {logp_tolerance(config):.0e}); score the data anew into an empty "
             "folder with tools/score_reference.py"
         )
     return per_token
 
 
-def _tolerance(config: TrainConfig) -> float:
-    return BF16_TOLERANCE if config.precision.bf16 else FP32_TOLERANCE
+def logp_tolerance(config: TrainConfig) -> float:
+    """Between two layouts at this precision, per token."""
+    return BF16_LOGP_TOLERANCE if config.precision.bf16 else FP32_LOGP_TOLERANCE

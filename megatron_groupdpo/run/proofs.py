@@ -12,13 +12,11 @@ from megatron_groupdpo.mcore.digest import differing_replicas
 from megatron_groupdpo.mcore.gradient import PlainEngine, gradient_pieces
 from megatron_groupdpo.run.batches import PlannedBatch
 from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.run.probe import logp_tolerance
 from megatron_groupdpo.step.coefficients import group_loss
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
 from megatron_groupdpo.step.train_step import StepResult, accumulate_gradient
 from megatron_groupdpo.step.verify import BF16_TOLERANCE, FP32_TOLERANCE, choose_groups, compare_gradients
-
-FP32_LOGP_TOLERANCE, BF16_LOGP_TOLERANCE = 1e-4, 2e-2
-"""Between two layouts, of a log-probability per token of its response."""
 
 
 def reference_logps(run: Run, planned: PlannedBatch) -> torch.Tensor:
@@ -43,7 +41,7 @@ def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
         return
     ref_logps_R = reference_logps(run, planned)
     logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
-    tolerance = BF16_LOGP_TOLERANCE if run.config.precision.bf16 else FP32_LOGP_TOLERANCE
+    tolerance = logp_tolerance(run.config)
     findings = torch.zeros(7, dtype=torch.float64, device=run.ranks.device)
     if logps_R is not None:
         ref_logps_R = ref_logps_R.to(logps_R.device)
