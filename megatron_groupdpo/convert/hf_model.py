@@ -107,8 +107,9 @@ def model_of_config(family: Family, config: HfConfig) -> ModelConfig:
     from transformers import CONFIG_MAPPING
 
     for name, values in _NEUTRAL.items():
-        require(config, name, *values)
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        if name not in family.reads:
+            require(config, name, *values)
+    if "layer_types" not in family.reads and set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ConfigError(f"layer_types is {config['layer_types']!r}; only 'full_attention' can be converted")
     try:
         complete = CONFIG_MAPPING[family.model_type].from_dict(dict(config)).to_dict()

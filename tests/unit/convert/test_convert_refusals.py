@@ -56,7 +56,7 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_and_all(own_copy: 
     edit_config(folder, architectures=["LLamaForCausalLm"])
     refused(folder, ConfigError, "did you mean 'LlamaForCausalLM'?", "GPT2LMHeadModel")
     edit_config(folder, architectures=None, model_type="mamba")
-    refused(folder, ConfigError, "model_type", "'mamba'", "llama, gpt2")
+    refused(folder, ConfigError, "model_type", "'mamba'", "llama, qwen2", "gpt2")
     edit_config(folder, model_type=None)
     refused(folder, ConfigError, "names no architecture")
 
@@ -78,6 +78,8 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_and_all(own_copy: 
         ("llama-tied", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("llama-tied", {"attention_bias": True}, "mlp_bias is False"),
         ("llama-tied", {"num_attention_heads": "six"}, "num_attention_heads"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen2-tied", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window is True"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function is 'tanh'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ],

@@ -1,0 +1,115 @@
+"""What the families with gated MLPs, RoPE and RMS norms share: Llama's tensor names and fields, and how they vary.
+
+A family adds its own rules to :data:`RULES`, and its own fields to :func:`decoder_fields` and :func:`decoder_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_groupdpo.config import ModelConfig
+from megatron_groupdpo.convert.families.base import HfConfig, Rule, require, require_model, rotary_base, rule
+from megatron_groupdpo.convert.transforms import GATE_UP, QKV
+
+LAYER = "model.layers.{layer}."
+_ATTENTION, _MLP = LAYER + "self_attn.", LAYER + "mlp."
+
+RULES: Mapping[str, Rule] = {
+    "embedding.word_embeddings.weight": rule("model.embed_tokens.weight"),
+    "decoder.layers.input_layernorm.weight": rule(LAYER + "input_layernorm.weight"),
+    "decoder.layers.pre_mlp_layernorm.weight": rule(LAYER + "post_attention_layernorm.weight"),
+    "decoder.final_layernorm.weight": rule("model.norm.weight"),
+    "output_layer.weight": rule("lm_head.weight"),
+    **{
+        f"decoder.layers.{name}.{kind}": rule(*(f"{part}.{kind}" for part in parts), **transform)
+        for kind in ("weight", "bias")
+        for name, parts, transform in (
+            (
+                "self_attention.linear_qkv",
+                (_ATTENTION + "q_proj", _ATTENTION + "k_proj", _ATTENTION + "v_proj"),
+                {"transform": QKV},
+            ),
+            ("self_attention.linear_proj", (_ATTENTION + "o_proj",), {}),
+            ("mlp.linear_fc1", (_MLP + "gate_proj", _MLP + "up_proj"), {"transform": GATE_UP}),
+            ("mlp.linear_fc2", (_MLP + "down_proj",), {}),
+        )
+    },
+}
+"""Llama's, all biases included; a family overrides what it names otherwise."""
+
+QK_NORMS: Mapping[str, Rule] = {
+    f"decoder.layers.self_attention.{ours}.weight": rule(f"{_ATTENTION}{theirs}.weight")
+    for ours, theirs in (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"))
+}
+ROTARY_BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+"""Buffers in files of old versions."""
+TIED_HEAD = {"lm_head.weight": "model.embed_tokens.weight"}
+
+_EXPRESSED = ("rotary_base", "untie_embeddings_and_output_weights")
+
+
+def decoder_fields(config: HfConfig) -> dict[str, Any]:
+    """Fields of ModelConfig that every such family's config.json decides in the same way."""
+    require(config, "hidden_act", "silu", "swish")
+    heads = config["num_attention_heads"]
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": config["num_key_value_heads"] or heads,
+        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
+        "max_position_embeddings": config["max_position_embeddings"],
+        "position_embedding_type": "rope",
+        "rotary_base": rotary_base(config),
+        "normalization": "RMSNorm",
+        "norm_epsilon": config["rms_norm_eps"],
+        "swiglu": True,
+        "add_bias_linear": False,
+        "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
+        "vocab_size": config["vocab_size"],
+        "init_method_std": config["initializer_range"],
+    }
+
+
+def decoder_config(
+    model: ModelConfig, family: str, *, expressed: tuple[str, ...] = (), **values: Any
+) -> dict[str, Any]:
+    """The config.json fields of such a model.
+
+    Args:
+        model: the model.
+        family: its name, for messages.
+        expressed: fields of ModelConfig, beside those that all such families have, that the caller writes.
+        values: fields of ModelConfig that the family fixes, in place of ModelConfig's defaults.
+
+    Raises:
+        ConfigError: the model has a field that the family lacks.
+    """
+    fixed = {
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "add_bias_linear": False,
+    } | values
+    fixed = {name: value for name, value in fixed.items() if name not in expressed}
+    require_model(model, family, expressed=(*_EXPRESSED, *expressed), **fixed)
+    return {
+        "hidden_act": "silu",
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {"rope_theta": float(model.rotary_base), "rope_type": "default"},
+        # where readers older than transformers 5 look
+        "rope_theta": float(model.rotary_base),
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
+        "vocab_size": model.vocab_size,
+        "initializer_range": model.init_method_std,
+    }
