@@ -57,6 +57,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "qwen2-tied": lambda: decoder("Qwen2Config", tie_word_embeddings=True),
     "qwen3": lambda: decoder("Qwen3Config", num_key_value_heads=1),
+    "qwen3-windows": lambda: decoder(
+        "Qwen3Config", num_hidden_layers=4, use_sliding_window=True, sliding_window=6, max_window_layers=2
+    ),
+    "mistral": lambda: decoder("MistralConfig", sliding_window=7),
     "gpt2": lambda: gpt2(),
     "gpt2-untied-relu": lambda: gpt2(tie_word_embeddings=False, activation_function="relu", n_inner=72),
 }

@@ -32,6 +32,12 @@ class ModelConfig:
     """Base of the rotary frequencies (rope only)."""
     rotary_percent: Fraction = 1.0
     """Share of a head's channels that is rotated (rope only)."""
+    window_size: tuple[int, ...] = ()
+    """Sliding-window attention: how many positions a query sees to its left, itself not counted, and to its right,
+    which must be 0."""
+    window_attn_skip_freq: tuple[int, ...] = ()
+    """Layers without the window: one number N, every N-th; or a number a layer, 1 with the window and 0 without; none:
+    all have it."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of norm, throughout the model."""
     norm_epsilon: PositiveFloat = 1e-5
@@ -61,6 +67,19 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers from Megatron-Core and PyTorch, or from Transformer Engine; auto: the latter where it is installed
     and the device is CUDA."""
+
+    def __post_init__(self) -> None:
+        # Written files give lists back.
+        for name in ("window_size", "window_attn_skip_freq"):
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))
+
+    def has_window(self, layer: int) -> bool:
+        """Whether a layer, counted from 1, attends within ``window_size``."""
+        marks = self.window_attn_skip_freq
+        if not self.window_size or not marks:
+            return bool(self.window_size)
+        return layer % marks[0] != 0 if len(marks) == 1 else bool(marks[layer - 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
         problems = [
             *_layout_problems(config, world_size),
             *_model_problems(config),
+            *_window_problems(config),
             *_precision_problems(config),
             *_objective_problems(config),
             *_length_problems(config),
@@ -137,6 +138,27 @@ def _model_problems(config: TrainConfig) -> Iterator[str]:
         )
     if model.transformer_impl == "transformer_engine" and config.parallel.device == "cpu":
         yield "transformer_impl 'transformer_engine' needs CUDA and device is 'cpu'; use local or auto."
+
+
+def _window_problems(config: TrainConfig) -> Iterator[str]:
+    window, layers = config.model.window_size, config.model.window_attn_skip_freq
+    num_layers = config.model.num_layers
+    if window and (len(window) != 2 or window[0] < 0 or window[1] != 0):
+        yield (
+            f"window_size ({_listed(window)}) must be the positions seen to the left, >= 0, and to the right, 0; for a "
+            "window of W tokens give W - 1 and 0."
+        )
+    if len(layers) == 1 and layers[0] < 2:
+        yield f"window_attn_skip_freq ({layers[0]}) must be >= 2: every N-th layer has no window; leave it out for all."
+    if len(layers) > 1 and (len(layers) != num_layers or {*layers} != {0, 1}):
+        yield (
+            f"window_attn_skip_freq ({_listed(layers)}) must be one number, or num_layers ({num_layers}) numbers, some "
+            "1 (with the window) and some 0."
+        )
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _precision_problems(config: TrainConfig) -> Iterator[str]:
@@ -272,6 +294,11 @@ _IDLE = (
         fields=("model.rotary_base", "model.rotary_percent"),
         when=lambda c: c.model.position_embedding_type != "rope",
         because="position_embedding_type is not rope",
+    ),
+    _Idle(
+        fields=("model.window_attn_skip_freq",),
+        when=lambda c: not c.model.window_size,
+        because="there is no window_size",
     ),
     _Idle(fields=("model.activation",), when=lambda c: c.model.swiglu, because="swiglu uses silu"),
     _Idle(

@@ -58,6 +58,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
             num_attention_heads=model.num_attention_heads,
             num_query_groups=model.num_query_groups,
             kv_channels=model.kv_channels,
+            window_size=(model.window_size[0], 0) if model.window_size else None,
+            window_attn_skip_freq=_skip_freq(model),
             normalization=model.normalization,
             layernorm_epsilon=model.norm_epsilon,
             gated_linear_unit=model.swiglu,
@@ -96,6 +98,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"Megatron-Core refuses this model or layout: {error}") from error
+
+
+def _skip_freq(model: ModelConfig) -> int | list[int] | None:
+    """As Megatron spells it: every N-th layer, or a mark for each layer."""
+    layers = model.window_attn_skip_freq
+    if len(layers) > 1:
+        return list(layers)
+    return layers[0] if layers else None
 
 
 def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:

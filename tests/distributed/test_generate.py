@@ -13,6 +13,8 @@ from tiny_run import MODEL
 END = 5
 GPT = {"position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "swiglu": False}
 
+MODELS = {"llama": {}, "gpt": GPT, "windows": {"window_size": (3, 0), "window_attn_skip_freq": (2,)}}
+
 
 def tiny_policy(layout: dict[str, int], model: dict[str, Any]) -> Any:
     from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
@@ -69,7 +71,7 @@ def largest_gap_to_uncached_on_rank(layout: dict[str, int], model: dict[str, Any
         shut_down()
 
 
-@pytest.mark.parametrize("model", [{}, GPT], ids=["llama", "gpt"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}], ids=["one", "tp2"])
 def test_cached_decoding_gives_the_logits_of_the_whole_forward(
     pool: RankPool, layout: dict[str, int], model: dict[str, Any]

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import HfConfig, Rule, require, require_model, rotary_base, rule
 from megatron_groupdpo.convert.transforms import GATE_UP, QKV
+from megatron_groupdpo.errors import ConfigError
 
 LAYER = "model.layers.{layer}."
 _ATTENTION, _MLP = LAYER + "self_attn.", LAYER + "mlp."
@@ -45,6 +46,10 @@ QK_NORMS: Mapping[str, Rule] = {
 ROTARY_BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 """Buffers in files of old versions."""
 TIED_HEAD = {"lm_head.weight": "model.embed_tokens.weight"}
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOW = ("window_size", "window_attn_skip_freq")
+"""Fields of ModelConfig that :func:`window_config` writes."""
 
 _EXPRESSED = ("rotary_base", "untie_embeddings_and_output_weights")
 
@@ -112,4 +117,38 @@ def decoder_config(
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "vocab_size": model.vocab_size,
         "initializer_range": model.init_method_std,
+    }
+
+
+def window_fields(config: HfConfig) -> dict[str, Any]:
+    """The sliding window of a config.json with ``sliding_window`` and ``layer_types``; empty without one."""
+    kinds, window = config["layer_types"], config["sliding_window"]
+    if set(kinds) - {FULL, SLIDING} or len(kinds) != config["num_hidden_layers"]:
+        raise ConfigError(
+            f"layer_types is {kinds!r}; it must name {config['num_hidden_layers']} layers, each {FULL!r} or {SLIDING!r}"
+        )
+    if SLIDING not in kinds:
+        return {}
+    if window is None or window < 1:
+        raise ConfigError(f"sliding_window is {window!r} and layer_types has {SLIDING!r}; give the window's width")
+    # transformers counts the query itself, Megatron the positions to its left
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": _skip_freq([kind == SLIDING for kind in kinds])}
+
+
+def _skip_freq(windowed: list[bool]) -> tuple[int, ...]:
+    """ModelConfig's shortest form of it."""
+    if all(windowed):
+        return ()
+    first_full = windowed.index(False) + 1
+    if first_full > 1 and windowed == [layer % first_full != 0 for layer in range(1, len(windowed) + 1)]:
+        return (first_full,)
+    return tuple(map(int, windowed))
+
+
+def window_config(model: ModelConfig) -> dict[str, Any]:
+    """``sliding_window`` and ``layer_types`` of a model."""
+    windowed = [model.has_window(layer) for layer in range(1, model.num_layers + 1)]
+    return {
+        "sliding_window": model.window_size[0] + 1 if model.window_size else None,
+        "layer_types": [SLIDING if with_window else FULL for with_window in windowed],
     }

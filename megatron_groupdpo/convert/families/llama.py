@@ -16,7 +16,9 @@ def _to_model(config: HfConfig) -> ModelConfig:
             f"attention_bias is {config['attention_bias']} and mlp_bias is {config['mlp_bias']}; "
             "the model section has one field for both (add_bias_linear), so they must agree"
         )
-    return ModelConfig(**decoder_fields(config) | {"add_bias_linear": bool(config["mlp_bias"])})
+    fields = decoder_fields(config)
+    fields["add_bias_linear"] = bool(config["mlp_bias"])
+    return ModelConfig(**fields)
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:

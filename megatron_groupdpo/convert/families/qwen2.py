@@ -5,17 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import Family, HfConfig, require
-from megatron_groupdpo.convert.families.decoder import ROTARY_BUFFERS, RULES, TIED_HEAD, decoder_config, decoder_fields
+from megatron_groupdpo.convert.families.base import Family, HfConfig
+from megatron_groupdpo.convert.families.decoder import (
+    ROTARY_BUFFERS,
+    RULES,
+    TIED_HEAD,
+    WINDOW,
+    decoder_config,
+    decoder_fields,
+    window_config,
+    window_fields,
+)
 
 
 def _to_model(config: HfConfig) -> ModelConfig:
-    require(config, "use_sliding_window", False)
-    return ModelConfig(**decoder_fields(config), add_qkv_bias=True)
+    return ModelConfig(**decoder_fields(config), **window_fields(config), add_qkv_bias=True)
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
-    return decoder_config(model, "qwen2", add_qkv_bias=True) | {"use_sliding_window": False}
+    config = decoder_config(model, "qwen2", expressed=WINDOW, add_qkv_bias=True)
+    return config | window_config(model) | {"use_sliding_window": bool(model.window_size)}
 
 
 QWEN2 = Family(

@@ -11,20 +11,22 @@ from megatron_groupdpo.convert.families.decoder import (
     ROTARY_BUFFERS,
     RULES,
     TIED_HEAD,
+    WINDOW,
     decoder_config,
     decoder_fields,
+    window_config,
+    window_fields,
 )
 
 
 def _to_model(config: HfConfig) -> ModelConfig:
-    require(config, "use_sliding_window", False)
     require(config, "attention_bias", False)
-    return ModelConfig(**decoder_fields(config), qk_layernorm=True)
+    return ModelConfig(**decoder_fields(config), **window_fields(config), qk_layernorm=True)
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
-    config = decoder_config(model, "qwen3", qk_layernorm=True)
-    return config | {"attention_bias": False, "use_sliding_window": False}
+    config = decoder_config(model, "qwen3", expressed=WINDOW, qk_layernorm=True)
+    return config | window_config(model) | {"attention_bias": False, "use_sliding_window": bool(model.window_size)}
 
 
 QWEN3 = Family(
