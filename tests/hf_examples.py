@@ -49,14 +49,36 @@ def gpt2(**fields: Any) -> Any:
     return GPT2Config(**(config | fields))
 
 
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 3.0},
+    # lengths and bases at which some channels are stretched, some left and some in between
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 40,
+        "low_freq_factor": 0.5,
+        "high_freq_factor": 3.0,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 5000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 40,
+        "beta_fast": 6.0,
+        "beta_slow": 0.5,
+    },
+}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama-untied": lambda: decoder("LlamaConfig"),
     "llama-tied": lambda: decoder("LlamaConfig", tie_word_embeddings=True),
     "llama-biases": lambda: decoder(
         "LlamaConfig", attention_bias=True, mlp_bias=True, head_dim=8, num_key_value_heads=6
     ),
+    "llama3-scaled": lambda: decoder("LlamaConfig", rope_parameters=SCALED["llama3"], tie_word_embeddings=True),
+    "llama-linear": lambda: decoder("LlamaConfig", rope_parameters=SCALED["linear"]),
     "qwen2-tied": lambda: decoder("Qwen2Config", tie_word_embeddings=True),
-    "qwen3": lambda: decoder("Qwen3Config", num_key_value_heads=1),
+    "qwen3": lambda: decoder("Qwen3Config", num_key_value_heads=1, rope_parameters=SCALED["yarn"]),
     "qwen3-windows": lambda: decoder(
         "Qwen3Config", num_hidden_layers=4, use_sliding_window=True, sliding_window=6, max_window_layers=2
     ),

@@ -32,6 +32,25 @@ class ModelConfig:
     """Base of the rotary frequencies (rope only)."""
     rotary_percent: Fraction = 1.0
     """Share of a head's channels that is rotated (rope only)."""
+    rotary_base_local: PositiveInt | None = None
+    """Base of the rotary frequencies in layers with the window, which are then not scaled; none: one RoPE for all."""
+    rope_scaling_type: Literal["linear", "llama3", "yarn"] | None = None
+    """How rotary frequencies are stretched for sequences longer than the original ones (Megatron's --use-rope-scaling
+    is llama3)."""
+    rope_scaling_factor: PositiveFloat = 8.0
+    """By how much, at the most."""
+    rope_scaling_original_length: PositiveInt = 8192
+    """Sequence length before the stretch (llama3, yarn)."""
+    rope_scaling_low_freq_factor: PositiveFloat = 1.0
+    """Channels that turn less often than this over the original length are stretched in full (llama3)."""
+    rope_scaling_high_freq_factor: PositiveFloat = 4.0
+    """Channels that turn more often are left as they are (llama3)."""
+    rope_scaling_beta_fast: PositiveFloat = 32.0
+    """The same for yarn: turns from which on channels are left as they are."""
+    rope_scaling_beta_slow: PositiveFloat = 1.0
+    """Turns up to which channels are stretched in full (yarn)."""
+    rope_scaling_attention_factor: PositiveFloat = 1.0
+    """Multiplies the rotated queries and keys (yarn)."""
     window_size: tuple[int, ...] = ()
     """Sliding-window attention: how many positions a query sees to its left, itself not counted, and to its right,
     which must be 0."""

@@ -34,6 +34,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
         problems = [
             *_layout_problems(config, world_size),
             *_model_problems(config),
+            *_rope_problems(config),
             *_window_problems(config),
             *_precision_problems(config),
             *_objective_problems(config),
@@ -138,6 +139,18 @@ def _model_problems(config: TrainConfig) -> Iterator[str]:
         )
     if model.transformer_impl == "transformer_engine" and config.parallel.device == "cpu":
         yield "transformer_impl 'transformer_engine' needs CUDA and device is 'cpu'; use local or auto."
+
+
+def _rope_problems(config: TrainConfig) -> Iterator[str]:
+    model = config.model
+    for low, high in (
+        ("rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor"),
+        ("rope_scaling_beta_slow", "rope_scaling_beta_fast"),
+    ):
+        if not getattr(model, low) < getattr(model, high):
+            yield f"{low} ({getattr(model, low):g}) must be < {high} ({getattr(model, high):g}); exchange them."
+    if model.rope_scaling_type == "yarn" and model.rotary_percent != 1:
+        yield f"rope_scaling_type 'yarn' is built for rotary_percent 1, it is {model.rotary_percent:g}; set it to 1."
 
 
 def _window_problems(config: TrainConfig) -> Iterator[str]:
@@ -291,9 +304,43 @@ class _Idle:
 
 _IDLE = (
     _Idle(
-        fields=("model.rotary_base", "model.rotary_percent"),
+        fields=(
+            "model.rotary_base",
+            "model.rotary_percent",
+            "model.rotary_base_local",
+            "model.rope_scaling_type",
+        ),
         when=lambda c: c.model.position_embedding_type != "rope",
         because="position_embedding_type is not rope",
+    ),
+    _Idle(
+        fields=("model.rotary_base_local",),
+        when=lambda c: not c.model.window_size,
+        because="there is no window_size",
+    ),
+    _Idle(
+        fields=("model.rope_scaling_factor",),
+        when=lambda c: c.model.rope_scaling_type is None,
+        because="there is no rope_scaling_type",
+    ),
+    _Idle(
+        fields=("model.rope_scaling_original_length",),
+        when=lambda c: c.model.rope_scaling_type not in ("llama3", "yarn"),
+        because="rope_scaling_type is neither llama3 nor yarn",
+    ),
+    _Idle(
+        fields=("model.rope_scaling_low_freq_factor", "model.rope_scaling_high_freq_factor"),
+        when=lambda c: c.model.rope_scaling_type != "llama3",
+        because="rope_scaling_type is not llama3",
+    ),
+    _Idle(
+        fields=(
+            "model.rope_scaling_beta_fast",
+            "model.rope_scaling_beta_slow",
+            "model.rope_scaling_attention_factor",
+        ),
+        when=lambda c: c.model.rope_scaling_type != "yarn",
+        because="rope_scaling_type is not yarn",
     ),
     _Idle(
         fields=("model.window_attn_skip_freq",),

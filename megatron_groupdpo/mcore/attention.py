@@ -31,6 +31,14 @@ from megatron_groupdpo.mcore.context_parallel import gather_keys
 from megatron_groupdpo.sequence_shards import positions_of_rank
 
 
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
+    """Positions to the left that a layer, counted from 1, sees; None: all."""
+    if config.window_size is None:
+        return None
+    windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
+    return config.window_size[0] if windowed else None
+
+
 class SdpaAttention(torch.nn.Module):
     """Causal attention over padded [S, B] or packed [total] layouts, in some layers within a sliding window."""
 
@@ -44,17 +52,20 @@ class SdpaAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        full_attention_factor: float = 1.0,
         **_: object,
     ) -> None:
+        """``full_attention_factor`` multiplies the scores of layers without a window; the rest is Megatron's."""
         super().__init__()
         assert not config.attention_dropout, "both passes must see one function: dropout is refused before"
         self.attn_mask_type = attn_mask_type
         self.cp_size = config.context_parallel_size
         self.cp_group: Any = parallel_state.get_context_parallel_group() if self.cp_size > 1 else None
         assert config.kv_channels is not None
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
-        self.window: int | None = config.window_size[0] if windowed and config.window_size is not None else None
+        self.window = layer_window(config, layer_number)
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        if self.window is None:
+            self.scale *= full_attention_factor
 
     def forward(
         self,

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -27,6 +30,7 @@ from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfi
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.attention import SdpaAttention
 from megatron_groupdpo.mcore.norm import norm_class
+from megatron_groupdpo.mcore.rotary import ScaledRotaryEmbedding, TwoRopeSelfAttention, score_factor
 
 # GPTModel warns on every construction that HybridModel will replace it; said once, in the docstring above.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
@@ -58,6 +62,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
             num_attention_heads=model.num_attention_heads,
             num_query_groups=model.num_query_groups,
             kv_channels=model.kv_channels,
+            softmax_scale=_softmax_scale(model),
             window_size=(model.window_size[0], 0) if model.window_size else None,
             window_attn_skip_freq=_skip_freq(model),
             normalization=model.normalization,
@@ -100,6 +105,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         raise ConfigError(f"Megatron-Core refuses this model or layout: {error}") from error
 
 
+def _softmax_scale(model: ModelConfig) -> float | None:
+    """None for Megatron's own, 1/sqrt(kv_channels); what differs between layers is left to ``SdpaAttention``."""
+    factor = score_factor(model, windowed=True)
+    assert model.kv_channels is not None
+    return None if factor == 1 else factor / math.sqrt(model.kv_channels)
+
+
 def _skip_freq(model: ModelConfig) -> int | list[int] | None:
     """As Megatron spells it: every N-th layer, or a mark for each layer."""
     layers = model.window_attn_skip_freq
@@ -113,14 +125,19 @@ def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: in
     norm = norm_class(model.normalization)
     submodules = get_gpt_layer_local_submodules(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
     attention: Any = submodules.self_attention
-    replaced: dict[str, Any] = {"core_attention": SdpaAttention}
+    full_factor = score_factor(model, windowed=False) / score_factor(model, windowed=True)
+    replaced: dict[str, Any] = {"core_attention": partial(SdpaAttention, full_attention_factor=full_factor)}
     if model.qk_layernorm:
         replaced |= {"q_layernorm": norm, "k_layernorm": norm}
     submodules = dataclasses.replace(
         submodules,
         input_layernorm=norm,
         pre_mlp_layernorm=norm,
-        self_attention=dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **replaced)),
+        self_attention=dataclasses.replace(
+            attention,
+            module=SelfAttention if model.rotary_base_local is None else TwoRopeSelfAttention,
+            submodules=dataclasses.replace(attention.submodules, **replaced),
+        ),
         # Keys as the modules name them; the map only serves checkpoints shared with fused layers.
         sharded_state_dict_keys_map={},
     )
@@ -171,6 +188,13 @@ def build_model(
             rotary_base=int(model.rotary_base),
             vp_stage=vp_stage,
         )
+        if model.rope_scaling_type is not None or model.rotary_base_local is not None:
+            chunk.rotary_pos_emb = ScaledRotaryEmbedding(
+                model,
+                kv_channels=config.kv_channels,
+                rotary_percent=model.rotary_percent,
+                cp_group=chunk.pg_collection.cp,
+            )
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
 

@@ -94,17 +94,5 @@ def one_of(config: HfConfig, name: str, known: Mapping[str, str]) -> str:
     return known[config[name]]
 
 
-def rotary_base(config: HfConfig) -> int:
-    """The base of plain RoPE; any scaling is refused."""
-    rope = config.get("rope_parameters") or {}
-    named = {f"rope_parameters.{name}": value for name, value in rope.items()}
-    require(named, "rope_parameters.rope_type", "default")
-    require(named, "rope_parameters.partial_rotary_factor", 1.0, None)
-    theta = named.get("rope_parameters.rope_theta")
-    if not isinstance(theta, int | float) or theta != int(theta) or theta < 1:
-        raise ConfigError(f"rope_parameters.rope_theta is {theta!r}; only whole positive numbers can be converted")
-    return int(theta)
-
-
 def _either(values: tuple[Any, ...]) -> str:
     return " or ".join(repr(value) for value in values)

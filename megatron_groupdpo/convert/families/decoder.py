@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import HfConfig, Rule, require, require_model, rotary_base, rule
+from megatron_groupdpo.convert.families.base import HfConfig, Rule, require, require_model, rule
+from megatron_groupdpo.convert.families.rope import FULL, ROPE, SLIDING, rope_config, rope_fields
 from megatron_groupdpo.convert.transforms import GATE_UP, QKV
 from megatron_groupdpo.errors import ConfigError
 
@@ -47,15 +48,19 @@ ROTARY_BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 """Buffers in files of old versions."""
 TIED_HEAD = {"lm_head.weight": "model.embed_tokens.weight"}
 
-FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOW = ("window_size", "window_attn_skip_freq")
 """Fields of ModelConfig that :func:`window_config` writes."""
 
-_EXPRESSED = ("rotary_base", "untie_embeddings_and_output_weights")
+_EXPRESSED = (*ROPE, "untie_embeddings_and_output_weights")
 
 
-def decoder_fields(config: HfConfig) -> dict[str, Any]:
-    """Fields of ModelConfig that every such family's config.json decides in the same way."""
+def decoder_fields(config: HfConfig, *, rope: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Fields of ModelConfig that every such family's config.json decides in the same way.
+
+    Args:
+        config: config.json.
+        rope: the rotary fields, of a family whose layers do not all have the same.
+    """
     require(config, "hidden_act", "silu", "swish")
     heads = config["num_attention_heads"]
     return {
@@ -67,7 +72,6 @@ def decoder_fields(config: HfConfig) -> dict[str, Any]:
         "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
         "max_position_embeddings": config["max_position_embeddings"],
         "position_embedding_type": "rope",
-        "rotary_base": rotary_base(config),
         "normalization": "RMSNorm",
         "norm_epsilon": config["rms_norm_eps"],
         "swiglu": True,
@@ -75,6 +79,7 @@ def decoder_fields(config: HfConfig) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
         "vocab_size": config["vocab_size"],
         "init_method_std": config["initializer_range"],
+        **(rope_fields(config["rope_parameters"]) if rope is None else rope),
     }
 
 
@@ -110,9 +115,10 @@ def decoder_config(
         "head_dim": model.kv_channels,
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_theta": float(model.rotary_base), "rope_type": "default"},
+        "rope_parameters": rope_config(model),
         # where readers older than transformers 5 look
         "rope_theta": float(model.rotary_base),
+        "rope_scaling": rope_config(model) if model.rope_scaling_type else None,
         "attention_dropout": 0.0,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "vocab_size": model.vocab_size,

@@ -7,16 +7,15 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import Family, HfConfig
 from megatron_groupdpo.convert.families.decoder import (
-    FULL,
     ROTARY_BUFFERS,
     RULES,
-    SLIDING,
     TIED_HEAD,
     decoder_config,
     decoder_fields,
     window_config,
     window_fields,
 )
+from megatron_groupdpo.convert.families.rope import FULL, SLIDING
 
 
 def _to_model(config: HfConfig) -> ModelConfig:

@@ -127,6 +127,28 @@ REFUSED = [
     ({"no_load_optim": True}, 1, ("no_load_optim acts on load",)),
     ({"exit_on_missing_checkpoint": True}, 1, ("exit_on_missing_checkpoint acts on load",)),
     ({"rotary_base": 500000}, 1, ("rotary_base (500000) would act on nothing", "not rope; remove it")),
+    ({"rope_scaling_factor": 2.0}, 1, ("rope_scaling_factor (2.0) would act on nothing", "no rope_scaling_type")),
+    (
+        {"position_embedding_type": "rope", "rope_scaling_type": "linear", "rope_scaling_beta_slow": 2.0},
+        1,
+        ("rope_scaling_beta_slow (2.0) would act on nothing", "not yarn"),
+    ),
+    (
+        {"position_embedding_type": "rope", "rope_scaling_type": "llama3", "rope_scaling_low_freq_factor": 4.0},
+        1,
+        ("rope_scaling_low_freq_factor (4) must be < rope_scaling_high_freq_factor (4)",),
+    ),
+    (
+        {"position_embedding_type": "rope", "rope_scaling_type": "yarn", "rotary_percent": 0.5},
+        1,
+        ("'yarn' is built for rotary_percent 1, it is 0.5",),
+    ),
+    (
+        {"position_embedding_type": "rope", "rotary_base_local": 500},
+        1,
+        ("rotary_base_local (500) would act on nothing", "no window_size"),
+    ),
+    ({"rope_scaling_type": "yarn"}, 1, ("rope_scaling_type (yarn) would act on nothing", "not rope")),
     ({"window_attn_skip_freq": (2,)}, 1, ("window_attn_skip_freq ((2,)) would act on nothing", "no window_size")),
     ({"window_size": (3,)}, 1, ("window_size (3) must be", "give W - 1 and 0")),
     ({"window_size": (3, 1)}, 1, ("window_size (3 1)", "to the right, 0")),

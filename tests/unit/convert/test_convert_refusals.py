@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import tensors_of
+from hf_examples import SCALED
 from safetensors.torch import save_file
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
@@ -66,11 +67,14 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_and_all(own_copy: 
     [
         (
             "llama-tied",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_parameters.rope_type is 'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_parameters.rope_type is 'dynamic'",
         ),
         ("llama-tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4 + 0.5}}, "rope_theta is 10000.5"),
-        ("llama-tied", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ("llama-tied", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("qwen3", {"rope_parameters": SCALED["yarn"] | {"truncate": False}}, "rope_parameters.truncate is False"),
+        ("qwen3", {"rope_parameters": SCALED["yarn"] | {"mscale": 0.7}}, "rope_parameters.mscale is 0.7"),
+        ("llama-tied", {"rope_parameters": SCALED["linear"] | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama-tied", {"sliding_window": 32}, "sliding_window is 32"),
         ("llama-tied", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("llama-tied", {"quantization_config": {"bits": 4}}, "quantization_config"),
