@@ -189,12 +189,7 @@ def build_model(
             vp_stage=vp_stage,
         )
         if model.rope_scaling_type is not None or model.rotary_base_local is not None:
-            chunk.rotary_pos_emb = ScaledRotaryEmbedding(
-                model,
-                kv_channels=config.kv_channels,
-                rotary_percent=model.rotary_percent,
-                cp_group=chunk.pg_collection.cp,
-            )
+            chunk.rotary_pos_emb = ScaledRotaryEmbedding(model, cp_group=chunk.pg_collection.cp)
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
 

@@ -1,7 +1,7 @@
 """Rotary frequencies with the scalings of published models, and with another base in layers with a window.
 
-Megatron-Core's ``RotaryEmbedding`` has one base and Llama 3's scaling with fixed constants. The frequencies here replace
-its; how angles are laid out, cut over context-parallel ranks and applied stays Megatron's.
+Megatron-Core's ``RotaryEmbedding`` has one base and Llama 3's scaling with fixed constants. The frequencies here
+replace its; how angles are laid out, cut over context-parallel ranks and applied stays Megatron's.
 
 Sources: linear, arXiv 2306.15595; yarn, arXiv 2309.00071 sections 3.2 to 3.4; llama3, Meta's llama-models
 (``apply_scaling``).
@@ -39,7 +39,7 @@ def frequencies(model: ModelConfig, *, windowed: bool) -> Tensor:
 
 
 def _llama3_weight(model: ModelConfig, plain: Tensor) -> Tensor:
-    """[D/2]: 1 where a channel turns often enough over the original length to be left as it is, 0 where it is scaled."""
+    """[D/2]: 1 where a channel turns often enough over the original length to be left alone, 0 where it is scaled."""
     low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
     turns = model.rope_scaling_original_length * plain / (2 * math.pi)
     return ((turns - low) / (high - low)).clamp(0, 1)
@@ -68,8 +68,9 @@ def score_factor(model: ModelConfig, *, windowed: bool) -> float:
 class ScaledRotaryEmbedding(RotaryEmbedding):
     """Megatron's with our frequencies, of one kind, or of two (without and with the window) where they differ."""
 
-    def __init__(self, model: ModelConfig, **arguments: Any) -> None:
-        super().__init__(**arguments)
+    def __init__(self, model: ModelConfig, *, cp_group: Any) -> None:
+        assert model.kv_channels is not None
+        super().__init__(model.kv_channels, model.rotary_percent, cp_group=cp_group)
         kinds = (False,) if model.rotary_base_local is None else (False, True)
         each = [frequencies(model, windowed=windowed) for windowed in kinds]
         self.inv_freq = torch.stack(each).to(self.inv_freq.device)

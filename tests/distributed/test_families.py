@@ -14,11 +14,8 @@ from rank_pool import RankPool
 
 TOLERANCE = 1e-5
 LENGTHS = (40, 23, 9)
-FAMILIES = tuple(
-    name
-    for name in CONFIGS
-    if name not in ("llama-untied", "llama-tied", "llama-biases", "llama-linear", "gpt2-untied-relu")
-)
+ONE_RANK_IS_ENOUGH = {"llama-untied", "llama-tied", "llama-biases", "llama-linear", "gpt2-untied-relu"}
+FAMILIES = tuple(name for name in CONFIGS if name not in ONE_RANK_IS_ENOUGH)
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "packed": (1, {}, True),

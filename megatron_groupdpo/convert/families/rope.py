@@ -44,8 +44,8 @@ _SCALINGS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """By ``rope_type``: its parameters, and ModelConfig's fields."""
-_IDLE = {"original_max_position_embeddings"}
-"""May stand beside types that do not read it."""
+_NOT_PARAMETERS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+"""Read apart; the last may stand beside types that do not read it."""
 
 
 def rope_fields(rope: Mapping[str, Any] | None, *, where: str = "rope_parameters") -> dict[str, Any]:
@@ -62,10 +62,8 @@ def rope_fields(rope: Mapping[str, Any] | None, *, where: str = "rope_parameters
         fields["rope_scaling_type"] = kind
     given = {name: value for name, value in (rope or {}).items() if value is not None}
     known = _SCALINGS.get(kind, {})
-    for name in sorted(
-        given.keys() - known.keys() - _IDLE - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    ):
-        require(named, f"{where}.{name}", *((True,) if name == "truncate" else (None,)))
+    for name in sorted(given.keys() - known.keys() - _NOT_PARAMETERS):
+        require(named, f"{where}.{name}", True if name == "truncate" else None)
     for name, field in known.items():
         if name in given:
             fields[field] = int(given[name]) if field == "rope_scaling_original_length" else float(given[name])
@@ -91,11 +89,8 @@ def two_rope_fields(config: HfConfig, *, has_window: bool, has_full: bool) -> di
         return full
     if not has_full:
         return sliding
-    require(
-        {f"rope_parameters.{SLIDING}.rope_type": sliding.get("rope_scaling_type", "default")},
-        f"rope_parameters.{SLIDING}.rope_type",
-        "default",
-    )
+    name = f"rope_parameters.{SLIDING}.rope_type"
+    require({name: sliding.get("rope_scaling_type", "default")}, name, "default")
     return full | {"rotary_base_local": sliding["rotary_base"]}
 
 
