@@ -20,6 +20,7 @@ def decoder(kind: str, **fields: Any) -> Any:
 
     config: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
+        "pad_token_id": None,  # else its row would get no gradient from transformers
         "hidden_size": 48,
         "intermediate_size": 80,
         "num_hidden_layers": 2,
@@ -83,6 +84,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         "Qwen3Config", num_hidden_layers=4, use_sliding_window=True, sliding_window=6, max_window_layers=2
     ),
     "mistral": lambda: decoder("MistralConfig", sliding_window=7),
+    "olmo2": lambda: decoder("Olmo2Config", num_key_value_heads=1),
+    "olmo3": lambda: decoder(
+        "Olmo3Config",
+        num_hidden_layers=4,
+        sliding_window=5,
+        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        rope_parameters={
+            "full_attention": SCALED["yarn"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    ),
     "gpt2": lambda: gpt2(),
     "gpt2-untied-relu": lambda: gpt2(tie_word_embeddings=False, activation_function="relu", n_inner=72),
 }

@@ -59,6 +59,8 @@ class ModelConfig:
     all have it."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of norm, throughout the model."""
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    """Norms before attention and MLP, after them (before the residual is added), or both."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance in every norm."""
     swiglu: bool = False
@@ -71,6 +73,8 @@ class ModelConfig:
     """Biases in the query, key and value projections even where add_bias_linear is off."""
     qk_layernorm: bool = False
     """Norm on each head's queries and keys."""
+    qk_layernorm_across_heads: bool = False
+    """With --qk-layernorm: one norm over the queries of all heads, and one over the keys."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer weights of its own, instead of the embedding's."""
     make_vocab_size_divisible_by: PositiveInt = 128

@@ -137,6 +137,8 @@ def _model_problems(config: TrainConfig) -> Iterator[str]:
             f"max_position_embeddings ({model.max_position_embeddings}) must be >= seq_length "
             f"({config.data.seq_length}); raise the former or lower the latter."
         )
+    if model.qk_layernorm_across_heads and model.normalization != "RMSNorm":
+        yield f"qk_layernorm_across_heads needs normalization RMSNorm, it is {model.normalization}; change one."
     if model.transformer_impl == "transformer_engine" and config.parallel.device == "cpu":
         yield "transformer_impl 'transformer_engine' needs CUDA and device is 'cpu'; use local or auto."
 
@@ -341,6 +343,11 @@ _IDLE = (
         ),
         when=lambda c: c.model.rope_scaling_type != "yarn",
         because="rope_scaling_type is not yarn",
+    ),
+    _Idle(
+        fields=("model.qk_layernorm_across_heads",),
+        when=lambda c: not c.model.qk_layernorm,
+        because="qk_layernorm is off",
     ),
     _Idle(
         fields=("model.window_attn_skip_freq",),

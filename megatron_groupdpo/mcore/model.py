@@ -20,6 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -29,7 +30,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.attention import SdpaAttention
-from megatron_groupdpo.mcore.norm import norm_class
+from megatron_groupdpo.mcore.layer import PostNormLayer
+from megatron_groupdpo.mcore.norm import AcrossHeadsRMSNorm, norm_class
 from megatron_groupdpo.mcore.rotary import ScaledRotaryEmbedding, TwoRopeSelfAttention, score_factor
 
 # GPTModel warns on every construction that HybridModel will replace it; said once, in the docstring above.
@@ -127,12 +129,16 @@ def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: in
     attention: Any = submodules.self_attention
     full_factor = score_factor(model, windowed=False) / score_factor(model, windowed=True)
     replaced: dict[str, Any] = {"core_attention": partial(SdpaAttention, full_attention_factor=full_factor)}
-    if model.qk_layernorm:
+    if model.qk_layernorm_across_heads:
+        heads = {"q_layernorm": model.num_attention_heads, "k_layernorm": model.num_query_groups}
+        replaced |= {name: partial(AcrossHeadsRMSNorm, num_heads=number) for name, number in heads.items()}
+    elif model.qk_layernorm:
         replaced |= {"q_layernorm": norm, "k_layernorm": norm}
+    norm_before = IdentityOp if model.norm_position == "post" else norm
     submodules = dataclasses.replace(
         submodules,
-        input_layernorm=norm,
-        pre_mlp_layernorm=norm,
+        input_layernorm=norm_before,
+        pre_mlp_layernorm=norm_before,
         self_attention=dataclasses.replace(
             attention,
             module=SelfAttention if model.rotary_base_local is None else TwoRopeSelfAttention,
@@ -141,7 +147,9 @@ def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: in
         # Keys as the modules name them; the map only serves checkpoints shared with fused layers.
         sharded_state_dict_keys_map={},
     )
-    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    layer = ModuleSpec(
+        module=TransformerLayer if model.norm_position == "pre" else PostNormLayer, submodules=submodules
+    )
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_examples import CONFIGS, VOCAB_SIZE, save_random_model
+from hf_examples import CONFIGS, VOCAB_SIZE, random_model, save_random_model
+from parity import relative_gap
 from rank_pool import RankPool
 
 TOLERANCE = 1e-5
@@ -114,3 +115,81 @@ def test_log_probs_are_those_of_transformers_on_every_layout(
         assert all(torch.equal(ours, other) for other in others)
         gaps[name] = float((ours - theirs).abs().max())
     assert max(gaps.values()) < TOLERANCE, gaps
+
+
+def gradients_on_rank(
+    folders: Mapping[str, Path], layout: Mapping[str, Any], packed: bool
+) -> tuple[dict[str, list[Any]], dict[str, float]]:
+    """Of a weighted sum of the log-probabilities: this rank's shards of every gradient, and the norm of all."""
+    from layout_run import collect, gradients_in_place_of_weights
+
+    from megatron_groupdpo.config import OptimizerConfig, ParallelConfig, PrecisionConfig
+    from megatron_groupdpo.convert.hf_model import open_hf_model
+    from megatron_groupdpo.convert.weights import load_hf_weights
+    from megatron_groupdpo.mcore.optimizer import build_optimizer
+    from megatron_groupdpo.mcore.policy import build_policy
+    from megatron_groupdpo.mcore.setup import initialize, shut_down
+
+    parallel = ParallelConfig(device="cpu", **layout)
+    try:
+        ranks = initialize(parallel, seed=0)
+        microbatch = microbatch_of(4, packed=packed)
+        num_targets = len(microbatch.targets_T)
+        weights_T = token_weights(num_targets)
+
+        def weighted_sum(responses_r: torch.Tensor, logps_r: torch.Tensor) -> torch.Tensor:
+            return (weights_T[responses_r] * logps_r).sum()
+
+        shards, norms = {}, {}
+        for name, folder in folders.items():
+            model = open_hf_model(folder).model
+            policy = build_policy(model, parallel, PrecisionConfig(), ranks, seed=0, training=True)
+            load_hf_weights(folder, policy)
+            optimizer: Any = build_optimizer(policy.chunks, OptimizerConfig(lr=1e-3), parallel, PrecisionConfig())
+            policy.engine.backward([microbatch], num_targets, weighted_sum if ranks.is_last_stage else None)
+            with gradients_in_place_of_weights(policy):
+                shards[name] = collect(policy)
+            norms[name] = float(optimizer.step()[1])
+        return shards, norms
+    finally:
+        shut_down()
+
+
+def token_weights(count: int) -> torch.Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(3), dtype=torch.float64, device="cpu")
+
+
+def gradients_of_transformers(name: str) -> dict[str, torch.Tensor]:
+    model = random_model(name).double()
+    weights = iter(token_weights(sum(LENGTHS) - len(LENGTHS)).split([length - 1 for length in LENGTHS]))
+    for tokens in sequences():
+        logits_SV = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0]
+        logps = logits_SV[:-1].double().log_softmax(-1).gather(1, torch.from_numpy(tokens)[1:, None])[:, 0]
+        (next(weights) * logps).sum().backward()
+    return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+GRADIENT_FAMILIES = ("qwen3", "olmo2", "olmo3")
+
+
+@pytest.mark.parametrize("layout", ["packed", "tp2", "tp2-sp-packed", "pp2"])
+def test_gradients_are_those_of_transformers(pool: RankPool, folders: Mapping[str, Path], layout: str):
+    from layout_run import whole_tensors
+
+    from megatron_groupdpo.convert.hf_model import open_hf_model
+
+    num_ranks, parallel, packed = LAYOUTS[layout]
+    chosen = {name: folders[name] for name in GRADIENT_FAMILIES}
+    answers = pool.run(num_ranks, gradients_on_rank, chosen, parallel, packed)
+    for name in GRADIENT_FAMILIES:
+        theirs = gradients_of_transformers(name)
+        wanted = {
+            key if layer is None else f"{key}#{layer}": pair.merge([theirs[part] for part in pair.hf])
+            for (key, layer), pair in open_hf_model(folders[name]).plan.items()
+        }
+        parts = [shards[name] for shards, _ in answers]
+        found = whole_tensors(parts, replicas_agree_to=1e-5, vocab_size=VOCAB_SIZE)
+        assert relative_gap(found, wanted) < TOLERANCE, name
+        assert max(relative_gap({key: found[key]}, {key: wanted[key]}) for key in wanted) < 10 * TOLERANCE, name
+        norm = sum(float(gradient.square().sum()) for gradient in wanted.values()) ** 0.5
+        assert all(norms[name] == pytest.approx(norm, rel=TOLERANCE) for _, norms in answers), name

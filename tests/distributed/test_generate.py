@@ -12,8 +12,18 @@ from tiny_run import MODEL
 
 END = 5
 GPT = {"position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "swiglu": False}
-
-MODELS = {"llama": {}, "gpt": GPT, "windows": {"window_size": (3, 0), "window_attn_skip_freq": (2,)}}
+OLMO3 = {
+    "window_size": (3, 0),
+    "window_attn_skip_freq": (2,),
+    "rotary_base_local": 100,
+    "rope_scaling_type": "yarn",
+    "rope_scaling_original_length": 16,
+    "rope_scaling_attention_factor": 1.2,
+    "norm_position": "post",
+    "qk_layernorm": True,
+    "qk_layernorm_across_heads": True,
+}
+MODELS = {"llama": {}, "gpt": GPT, "olmo3": OLMO3}
 
 
 def tiny_policy(layout: dict[str, int], model: dict[str, Any]) -> Any:

@@ -10,13 +10,15 @@ from megatron_groupdpo.convert.families.base import Family, HfConfig, Rule
 from megatron_groupdpo.convert.families.gpt2 import GPT2
 from megatron_groupdpo.convert.families.llama import LLAMA
 from megatron_groupdpo.convert.families.mistral import MISTRAL
+from megatron_groupdpo.convert.families.olmo2 import OLMO2
+from megatron_groupdpo.convert.families.olmo3 import OLMO3
 from megatron_groupdpo.convert.families.qwen2 import QWEN2
 from megatron_groupdpo.convert.families.qwen3 import QWEN3
 from megatron_groupdpo.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "HfConfig", "Rule", "family_for_export", "family_named", "family_of_config"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, GPT2)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GPT2)
 """On export the first that can express the model is taken."""
 
 

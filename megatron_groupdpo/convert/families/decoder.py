@@ -44,6 +44,10 @@ QK_NORMS: Mapping[str, Rule] = {
     f"decoder.layers.self_attention.{ours}.weight": rule(f"{_ATTENTION}{theirs}.weight")
     for ours, theirs in (("q_layernorm", "q_norm"), ("k_layernorm", "k_norm"))
 }
+POST_NORMS: Mapping[str, Rule] = {
+    "decoder.layers.post_self_attn_layernorm.weight": rule(LAYER + "post_attention_layernorm.weight"),
+    "decoder.layers.post_mlp_layernorm.weight": rule(LAYER + "post_feedforward_layernorm.weight"),
+}
 ROTARY_BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 """Buffers in files of old versions."""
 TIED_HEAD = {"lm_head.weight": "model.embed_tokens.weight"}

@@ -80,14 +80,14 @@ def rope_config(model: ModelConfig) -> dict[str, Any]:
     return rope | {name: getattr(model, field) for name, field in _SCALINGS.get(kind or "", {}).items()}
 
 
-def two_rope_fields(config: HfConfig, *, has_window: bool, has_full: bool) -> dict[str, Any]:
+def two_rope_fields(config: HfConfig) -> dict[str, Any]:
     """Fields for both kinds of layers; a kind that the model has no layer of does not count."""
     full, sliding = (
         rope_fields(config["rope_parameters"].get(kind), where=f"rope_parameters.{kind}") for kind in (FULL, SLIDING)
     )
-    if not has_window or full == sliding:
+    if SLIDING not in config["layer_types"] or full == sliding:
         return full
-    if not has_full:
+    if FULL not in config["layer_types"]:
         return sliding
     name = f"rope_parameters.{SLIDING}.rope_type"
     require({name: sliding.get("rope_scaling_type", "default")}, name, "default")
@@ -95,7 +95,8 @@ def two_rope_fields(config: HfConfig, *, has_window: bool, has_full: bool) -> di
 
 
 def two_rope_config(model: ModelConfig) -> dict[str, Any]:
-    """``rope_parameters`` with both kinds."""
+    """``rope_parameters`` with both kinds; in place of what readers older than transformers 5 look for."""
     full = rope_config(model)
     local = {"rope_theta": float(model.rotary_base_local or 0), "rope_type": "default"}
-    return {FULL: full, SLIDING: full if model.rotary_base_local is None else local}
+    both = {FULL: full, SLIDING: full if model.rotary_base_local is None else local}
+    return {"rope_parameters": both, "rope_theta": None, "rope_scaling": None}
