@@ -95,6 +95,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
         },
     ),
+    "gemma3": lambda: decoder(
+        "Gemma3TextConfig",
+        num_hidden_layers=4,
+        sliding_window=6,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=24,
+        rope_parameters={
+            "full_attention": SCALED["linear"],
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
     "gpt2": lambda: gpt2(),
     "gpt2-untied-relu": lambda: gpt2(tie_word_embeddings=False, activation_function="relu", n_inner=72),
 }

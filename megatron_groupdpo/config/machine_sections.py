@@ -19,7 +19,7 @@ class ModelConfig:
     num_attention_heads: PositiveInt
     """Query heads."""
     ffn_hidden_size: PositiveInt | None = None
-    """Width of the MLP (of each half with --swiglu); none: 4 x hidden_size."""
+    """Width of the MLP (of each half of a gated one); none: 4 x hidden_size."""
     num_query_groups: PositiveInt | None = None
     """Key-value heads, for grouped-query attention; none: one per query head."""
     kv_channels: PositiveInt | None = None
@@ -61,10 +61,14 @@ class ModelConfig:
     """Kind of norm, throughout the model."""
     norm_position: Literal["pre", "post", "sandwich"] = "pre"
     """Norms before attention and MLP, after them (before the residual is added), or both."""
+    apply_layernorm_1p: bool = False
+    """Norm weights are stored less 1."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance in every norm."""
     swiglu: bool = False
     """Gated MLP with silu."""
+    gated_linear_unit: bool = False
+    """Gated MLP with --activation."""
     activation: Literal["gelu", "gelu-tanh", "relu", "silu"] = "gelu"
     """Activation of the MLP without --swiglu."""
     add_bias_linear: bool = True
@@ -75,6 +79,10 @@ class ModelConfig:
     """Norm on each head's queries and keys."""
     qk_layernorm_across_heads: bool = False
     """With --qk-layernorm: one norm over the queries of all heads, and one over the keys."""
+    softmax_scale: PositiveFloat | None = None
+    """Multiplies the attention scores; none: 1 / sqrt(kv_channels)."""
+    scale_embeddings: bool = False
+    """Multiply the embeddings, not the tied output weights, by sqrt(hidden_size)."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer weights of its own, instead of the embedding's."""
     make_vocab_size_divisible_by: PositiveInt = 128
@@ -90,6 +98,11 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers from Megatron-Core and PyTorch, or from Transformer Engine; auto: the latter where it is installed
     and the device is CUDA."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP is gated: two halves of ``ffn_hidden_size``."""
+        return self.swiglu or self.gated_linear_unit
 
     def __post_init__(self) -> None:
         # Written files give lists back.

@@ -354,6 +354,7 @@ _IDLE = (
         when=lambda c: not c.model.window_size,
         because="there is no window_size",
     ),
+    _Idle(fields=("model.gated_linear_unit",), when=lambda c: c.model.swiglu, because="swiglu is gated already"),
     _Idle(fields=("model.activation",), when=lambda c: c.model.swiglu, because="swiglu uses silu"),
     _Idle(
         fields=("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps"),

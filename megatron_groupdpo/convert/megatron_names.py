@@ -49,7 +49,7 @@ def megatron_tensors(model: ModelConfig) -> dict[str, Shape]:
         tensors |= _norm(LAYERS + "self_attention.q_layernorm", queries * head, model)
         tensors |= _norm(LAYERS + "self_attention.k_layernorm", keys * head, model)
     tensors |= _linear(LAYERS + "self_attention.linear_proj", hidden, heads * head, bias=bias)
-    tensors |= _linear(LAYERS + "mlp.linear_fc1", 2 * ffn if model.swiglu else ffn, hidden, bias=bias)
+    tensors |= _linear(LAYERS + "mlp.linear_fc1", 2 * ffn if model.gated else ffn, hidden, bias=bias)
     tensors |= _linear(LAYERS + "mlp.linear_fc2", hidden, ffn, bias=bias)
     before = ("input_layernorm", "pre_mlp_layernorm") if model.norm_position != "post" else ()
     after = ("post_self_attn_layernorm", "post_mlp_layernorm") if model.norm_position != "pre" else ()

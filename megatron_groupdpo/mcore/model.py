@@ -68,8 +68,9 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
             window_size=(model.window_size[0], 0) if model.window_size else None,
             window_attn_skip_freq=_skip_freq(model),
             normalization=model.normalization,
+            layernorm_zero_centered_gamma=model.apply_layernorm_1p,
             layernorm_epsilon=model.norm_epsilon,
-            gated_linear_unit=model.swiglu,
+            gated_linear_unit=model.gated,
             activation_func=_ACTIVATIONS["silu" if model.swiglu else model.activation],
             add_bias_linear=model.add_bias_linear,
             add_qkv_bias=model.add_qkv_bias,
@@ -111,7 +112,9 @@ def _softmax_scale(model: ModelConfig) -> float | None:
     """None for Megatron's own, 1/sqrt(kv_channels); what differs between layers is left to ``SdpaAttention``."""
     factor = score_factor(model, windowed=True)
     assert model.kv_channels is not None
-    return None if factor == 1 else factor / math.sqrt(model.kv_channels)
+    if model.softmax_scale is None and factor == 1:
+        return None
+    return factor * (model.softmax_scale or 1 / math.sqrt(model.kv_channels))
 
 
 def _skip_freq(model: ModelConfig) -> int | list[int] | None:
@@ -198,8 +201,15 @@ def build_model(
         )
         if model.rope_scaling_type is not None or model.rotary_base_local is not None:
             chunk.rotary_pos_emb = ScaledRotaryEmbedding(model, cp_group=chunk.pg_collection.cp)
+        if model.scale_embeddings and chunk.pre_process:
+            chunk.embedding.register_forward_hook(partial(_scaled, math.sqrt(model.hidden_size)))
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
+
+
+def _scaled(scale: float, _module: torch.nn.Module, _inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    # In the weights' precision, as models that do this were trained.
+    return embeddings * torch.tensor(scale, dtype=embeddings.dtype, device=embeddings.device)
 
 
 def wrap_for_inference(chunks: list[torch.nn.Module], config: TransformerConfig) -> list[torch.nn.Module]:

@@ -169,7 +169,7 @@ def gradients_of_transformers(name: str) -> dict[str, torch.Tensor]:
     return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-GRADIENT_FAMILIES = ("qwen3", "olmo2", "olmo3")
+GRADIENT_FAMILIES = ("qwen3", "olmo2", "gemma3")
 
 
 @pytest.mark.parametrize("layout", ["packed", "tp2", "tp2-sp-packed", "pp2"])

@@ -23,7 +23,17 @@ OLMO3 = {
     "qk_layernorm": True,
     "qk_layernorm_across_heads": True,
 }
-MODELS = {"llama": {}, "gpt": GPT, "olmo3": OLMO3}
+GEMMA = {
+    "window_size": (3, 0),
+    "window_attn_skip_freq": (2,),
+    "rotary_base_local": 100,
+    "norm_position": "sandwich",
+    "apply_layernorm_1p": True,
+    "qk_layernorm": True,
+    "scale_embeddings": True,
+    "softmax_scale": 0.2,
+}
+MODELS = {"llama": {}, "gpt": GPT, "olmo3": OLMO3, "gemma3": GEMMA}
 
 
 def tiny_policy(layout: dict[str, int], model: dict[str, Any]) -> Any:

@@ -49,6 +49,10 @@ class Family:
     """Regular expressions of tensors that hold no parameter (buffers of old versions)."""
     tied_copies: Mapping[str, str] = field(default_factory=dict)
     """Copies that a file of a model with tied embeddings may hold, and what each is a copy of."""
+    wrapper: str | None = None
+    """Architecture of a model that holds this one beside others (a vision tower), configured by its ``text_config``."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Other starts of tensor names: the rules' and the one found in files of a wrapper."""
     reads: tuple[str, ...] = ()
     """Fields of config.json that ``to_model`` honours or refuses itself, though most families have no use for them
     (see ``_NEUTRAL`` in ``hf_model.py``)."""

@@ -58,14 +58,16 @@ WINDOW = ("window_size", "window_attn_skip_freq")
 _EXPRESSED = (*ROPE, "untie_embeddings_and_output_weights")
 
 
-def decoder_fields(config: HfConfig, *, rope: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def decoder_fields(config: HfConfig, *, rope: Mapping[str, Any] | None = None, silu: bool = True) -> dict[str, Any]:
     """Fields of ModelConfig that every such family's config.json decides in the same way.
 
     Args:
         config: config.json.
         rope: the rotary fields, of a family whose layers do not all have the same.
+        silu: whether the activation is that of ``hidden_act``; else the caller says which.
     """
-    require(config, "hidden_act", "silu", "swish")
+    if silu:
+        require(config, "hidden_act", "silu", "swish")
     heads = config["num_attention_heads"]
     return {
         "num_layers": config["num_hidden_layers"],
@@ -78,7 +80,7 @@ def decoder_fields(config: HfConfig, *, rope: Mapping[str, Any] | None = None) -
         "position_embedding_type": "rope",
         "normalization": "RMSNorm",
         "norm_epsilon": config["rms_norm_eps"],
-        "swiglu": True,
+        "swiglu": silu,
         "add_bias_linear": False,
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
         "vocab_size": config["vocab_size"],

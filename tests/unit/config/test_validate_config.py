@@ -149,6 +149,13 @@ REFUSED = [
         ("rotary_base_local (500) would act on nothing", "no window_size"),
     ),
     ({"rope_scaling_type": "yarn"}, 1, ("rope_scaling_type (yarn) would act on nothing", "not rope")),
+    (
+        {"qk_layernorm_across_heads": True, "normalization": "RMSNorm"},
+        1,
+        ("would act on nothing: qk_layernorm is off",),
+    ),
+    ({"qk_layernorm": True, "qk_layernorm_across_heads": True}, 1, ("needs normalization RMSNorm, it is LayerNorm",)),
+    ({"gated_linear_unit": True, "swiglu": True}, 1, ("gated_linear_unit (True) would act on nothing",)),
     ({"window_attn_skip_freq": (2,)}, 1, ("window_attn_skip_freq ((2,)) would act on nothing", "no window_size")),
     ({"window_size": (3,)}, 1, ("window_size (3) must be", "give W - 1 and 0")),
     ({"window_size": (3, 1)}, 1, ("window_size (3 1)", "to the right, 0")),
