@@ -92,7 +92,7 @@ def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
     if option.hint is bool:
         group.add_argument(*flags_of(option), dest=option.name, action=_Switch, nargs="?", help=text)
     elif typing.get_origin(option.hint) is tuple:
-        group.add_argument(option.flag, dest=option.name, nargs="*", metavar="PATH", help=text)
+        group.add_argument(option.flag, dest=option.name, nargs="*", metavar=_metavar(option), help=text)
     else:
         group.add_argument(option.flag, dest=option.name, metavar=_metavar(option), help=text)
 
@@ -113,6 +113,8 @@ def _metavar(option: Option) -> str:
     if option.choices:
         return "{" + ",".join(option.choices) + "}"
     hint = option.hint
+    if hint == tuple[str, ...]:
+        return "PATH"
     while not isinstance(hint, type):
         if typing.get_origin(hint) is Literal:
             return "{" + ",".join(typing.get_args(hint)) + "}"

@@ -19,7 +19,7 @@ class ModelConfig:
     num_attention_heads: PositiveInt
     """Query heads."""
     ffn_hidden_size: PositiveInt | None = None
-    """Width of the MLP (of each half with --swiglu); none: 4 x hidden_size."""
+    """Width of the MLP (of each half of a gated one); none: 4 x hidden_size."""
     num_query_groups: PositiveInt | None = None
     """Key-value heads, for grouped-query attention; none: one per query head."""
     kv_channels: PositiveInt | None = None
@@ -32,12 +32,43 @@ class ModelConfig:
     """Base of the rotary frequencies (rope only)."""
     rotary_percent: Fraction = 1.0
     """Share of a head's channels that is rotated (rope only)."""
+    rotary_base_local: PositiveInt | None = None
+    """Base of the rotary frequencies in layers with the window, which are then not scaled; none: one RoPE for all."""
+    rope_scaling_type: Literal["linear", "llama3", "yarn"] | None = None
+    """How rotary frequencies are stretched for sequences longer than the original ones (Megatron's --use-rope-scaling
+    is llama3)."""
+    rope_scaling_factor: PositiveFloat = 8.0
+    """By how much, at the most."""
+    rope_scaling_original_length: PositiveInt = 8192
+    """Sequence length before the stretch (llama3, yarn)."""
+    rope_scaling_low_freq_factor: PositiveFloat = 1.0
+    """Channels that turn less often than this over the original length are stretched in full (llama3)."""
+    rope_scaling_high_freq_factor: PositiveFloat = 4.0
+    """Channels that turn more often are left as they are (llama3)."""
+    rope_scaling_beta_fast: PositiveFloat = 32.0
+    """The same for yarn: turns from which on channels are left as they are."""
+    rope_scaling_beta_slow: PositiveFloat = 1.0
+    """Turns up to which channels are stretched in full (yarn)."""
+    rope_scaling_attention_factor: PositiveFloat = 1.0
+    """Multiplies the rotated queries and keys (yarn)."""
+    window_size: tuple[int, ...] = ()
+    """Sliding-window attention: how many positions a query sees to its left, itself not counted, and to its right,
+    which must be 0."""
+    window_attn_skip_freq: tuple[int, ...] = ()
+    """Layers without the window: one number N, every N-th; or a number a layer, 1 with the window and 0 without; none:
+    all have it."""
     normalization: Literal["LayerNorm", "RMSNorm"] = "LayerNorm"
     """Kind of norm, throughout the model."""
+    norm_position: Literal["pre", "post", "sandwich"] = "pre"
+    """Norms before attention and MLP, after them (before the residual is added), or both."""
+    apply_layernorm_1p: bool = False
+    """Norm weights are stored less 1."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the variance in every norm."""
     swiglu: bool = False
     """Gated MLP with silu."""
+    gated_linear_unit: bool = False
+    """Gated MLP with --activation."""
     activation: Literal["gelu", "gelu-tanh", "relu", "silu"] = "gelu"
     """Activation of the MLP without --swiglu."""
     add_bias_linear: bool = True
@@ -46,6 +77,12 @@ class ModelConfig:
     """Biases in the query, key and value projections even where add_bias_linear is off."""
     qk_layernorm: bool = False
     """Norm on each head's queries and keys."""
+    qk_layernorm_across_heads: bool = False
+    """With --qk-layernorm: one norm over the queries of all heads, and one over the keys."""
+    softmax_scale: PositiveFloat | None = None
+    """Multiplies the attention scores; none: 1 / sqrt(kv_channels)."""
+    scale_embeddings: bool = False
+    """Multiply the embeddings, not the tied output weights, by sqrt(hidden_size)."""
     untie_embeddings_and_output_weights: bool = False
     """Give the output layer weights of its own, instead of the embedding's."""
     make_vocab_size_divisible_by: PositiveInt = 128
@@ -61,6 +98,24 @@ class ModelConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers from Megatron-Core and PyTorch, or from Transformer Engine; auto: the latter where it is installed
     and the device is CUDA."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP is gated: two halves of ``ffn_hidden_size``."""
+        return self.swiglu or self.gated_linear_unit
+
+    def __post_init__(self) -> None:
+        # Written files give lists back.
+        for name in ("window_size", "window_attn_skip_freq"):
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))
+
+    def has_window(self, layer: int) -> bool:
+        """Whether a layer, counted from 1, attends within ``window_size``."""
+        marks = self.window_attn_skip_freq
+        if not self.window_size or not marks:
+            return bool(self.window_size)
+        return layer % marks[0] != 0 if len(marks) == 1 else bool(marks[layer - 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,6 +34,8 @@ def validate(config: TrainConfig, world_size: int) -> None:
         problems = [
             *_layout_problems(config, world_size),
             *_model_problems(config),
+            *_rope_problems(config),
+            *_window_problems(config),
             *_precision_problems(config),
             *_objective_problems(config),
             *_length_problems(config),
@@ -135,8 +137,43 @@ def _model_problems(config: TrainConfig) -> Iterator[str]:
             f"max_position_embeddings ({model.max_position_embeddings}) must be >= seq_length "
             f"({config.data.seq_length}); raise the former or lower the latter."
         )
+    if model.qk_layernorm_across_heads and model.normalization != "RMSNorm":
+        yield f"qk_layernorm_across_heads needs normalization RMSNorm, it is {model.normalization}; change one."
     if model.transformer_impl == "transformer_engine" and config.parallel.device == "cpu":
         yield "transformer_impl 'transformer_engine' needs CUDA and device is 'cpu'; use local or auto."
+
+
+def _rope_problems(config: TrainConfig) -> Iterator[str]:
+    model = config.model
+    for low, high in (
+        ("rope_scaling_low_freq_factor", "rope_scaling_high_freq_factor"),
+        ("rope_scaling_beta_slow", "rope_scaling_beta_fast"),
+    ):
+        if not getattr(model, low) < getattr(model, high):
+            yield f"{low} ({getattr(model, low):g}) must be < {high} ({getattr(model, high):g}); exchange them."
+    if model.rope_scaling_type == "yarn" and model.rotary_percent != 1:
+        yield f"rope_scaling_type 'yarn' is built for rotary_percent 1, it is {model.rotary_percent:g}; set it to 1."
+
+
+def _window_problems(config: TrainConfig) -> Iterator[str]:
+    window, layers = config.model.window_size, config.model.window_attn_skip_freq
+    num_layers = config.model.num_layers
+    if window and (len(window) != 2 or window[0] < 0 or window[1] != 0):
+        yield (
+            f"window_size ({_listed(window)}) must be the positions seen to the left, >= 0, and to the right, 0; for a "
+            "window of W tokens give W - 1 and 0."
+        )
+    if len(layers) == 1 and layers[0] < 2:
+        yield f"window_attn_skip_freq ({layers[0]}) must be >= 2: every N-th layer has no window; leave it out for all."
+    if len(layers) > 1 and (len(layers) != num_layers or {*layers} != {0, 1}):
+        yield (
+            f"window_attn_skip_freq ({_listed(layers)}) must be one number, or num_layers ({num_layers}) numbers, some "
+            "1 (with the window) and some 0."
+        )
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def _precision_problems(config: TrainConfig) -> Iterator[str]:
@@ -269,10 +306,55 @@ class _Idle:
 
 _IDLE = (
     _Idle(
-        fields=("model.rotary_base", "model.rotary_percent"),
+        fields=(
+            "model.rotary_base",
+            "model.rotary_percent",
+            "model.rotary_base_local",
+            "model.rope_scaling_type",
+        ),
         when=lambda c: c.model.position_embedding_type != "rope",
         because="position_embedding_type is not rope",
     ),
+    _Idle(
+        fields=("model.rotary_base_local",),
+        when=lambda c: not c.model.window_size,
+        because="there is no window_size",
+    ),
+    _Idle(
+        fields=("model.rope_scaling_factor",),
+        when=lambda c: c.model.rope_scaling_type is None,
+        because="there is no rope_scaling_type",
+    ),
+    _Idle(
+        fields=("model.rope_scaling_original_length",),
+        when=lambda c: c.model.rope_scaling_type not in ("llama3", "yarn"),
+        because="rope_scaling_type is neither llama3 nor yarn",
+    ),
+    _Idle(
+        fields=("model.rope_scaling_low_freq_factor", "model.rope_scaling_high_freq_factor"),
+        when=lambda c: c.model.rope_scaling_type != "llama3",
+        because="rope_scaling_type is not llama3",
+    ),
+    _Idle(
+        fields=(
+            "model.rope_scaling_beta_fast",
+            "model.rope_scaling_beta_slow",
+            "model.rope_scaling_attention_factor",
+        ),
+        when=lambda c: c.model.rope_scaling_type != "yarn",
+        because="rope_scaling_type is not yarn",
+    ),
+    _Idle(
+        fields=("model.qk_layernorm_across_heads",),
+        when=lambda c: not c.model.qk_layernorm,
+        because="qk_layernorm is off",
+    ),
+    _Idle(
+        fields=("model.window_attn_skip_freq",),
+        when=lambda c: not c.model.window_size,
+        because="there is no window_size",
+    ),
+    _Idle(fields=("model.gated_linear_unit",), when=lambda c: c.model.swiglu, because="swiglu is gated already"),
     _Idle(fields=("model.activation",), when=lambda c: c.model.swiglu, because="swiglu uses silu"),
     _Idle(
         fields=("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps"),

@@ -37,6 +37,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields of any family that would change the model, and the values under which they do not."""
 
 
+_OUTER = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config")
+"""Fields that a wrapper's configuration may hold for the model inside."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HfModel:
     """A model in its Hugging Face form, not yet loaded."""
@@ -44,7 +48,7 @@ class HfModel:
     folder: Path
     family: Family
     config: dict[str, Any]
-    """config.json, word for word."""
+    """config.json, word for word; of a wrapper, the part of the model inside."""
     model: ModelConfig
     plan: dict[Key, Pair]
     weights: HfWeights
@@ -74,6 +78,7 @@ def open_hf_model(folder: Path) -> HfModel:
     config = _read_config(folder)
     try:
         family = family_of_config(config)
+        config = text_part(family, config)
         model = model_of_config(family, config)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from None
@@ -107,8 +112,9 @@ def model_of_config(family: Family, config: HfConfig) -> ModelConfig:
     from transformers import CONFIG_MAPPING
 
     for name, values in _NEUTRAL.items():
-        require(config, name, *values)
-    if set(config.get("layer_types") or ()) - {"full_attention"}:
+        if name not in family.reads:
+            require(config, name, *values)
+    if "layer_types" not in family.reads and set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ConfigError(f"layer_types is {config['layer_types']!r}; only 'full_attention' can be converted")
     try:
         complete = CONFIG_MAPPING[family.model_type].from_dict(dict(config)).to_dict()
@@ -116,6 +122,17 @@ def model_of_config(family: Family, config: HfConfig) -> ModelConfig:
         reason = " ".join(str(error).split())
         raise ConfigError(f"transformers refuses it as a {family.model_type} configuration ({reason})") from None
     return family.to_model(complete)
+
+
+def text_part(family: Family, config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the family's own model inside a wrapper; any other as it is."""
+    if family.wrapper is None or family.wrapper not in (config.get("architectures") or ()):
+        return config
+    if not isinstance(config.get("text_config"), dict):
+        raise ConfigError(f"text_config is missing, which a {family.wrapper} has")
+    outer = {name: config[name] for name in _OUTER if name in config}
+    header = {"architectures": [family.architecture], "model_type": family.model_type}
+    return outer | config["text_config"] | header
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -141,7 +158,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _names_in_file(expected: Iterable[str], weights: HfWeights, family: Family) -> dict[str, str]:
     found = {}
     for name in expected:
-        for candidate in (name, name.removeprefix(family.prefix)):
+        others = [new + name[len(old) :] for old, new in family.renamed if name.startswith(old)]
+        for candidate in (name, name.removeprefix(family.prefix), *others):
             if candidate in weights.shapes:
                 found[name] = candidate
                 break

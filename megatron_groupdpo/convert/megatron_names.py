@@ -43,15 +43,18 @@ def megatron_tensors(model: ModelConfig) -> dict[str, Shape]:
     tensors: dict[str, Shape] = {"embedding.word_embeddings.weight": (model.vocab_size, hidden)}
     if model.position_embedding_type == "learned_absolute":
         tensors["embedding.position_embeddings.weight"] = (model.max_position_embeddings, hidden)
-    tensors |= _norm(LAYERS + "input_layernorm", hidden, model)
     tensors |= _linear(LAYERS + "self_attention.linear_qkv", qkv, hidden, bias=bias or model.add_qkv_bias)
     if model.qk_layernorm:
-        tensors |= _norm(LAYERS + "self_attention.q_layernorm", head, model)
-        tensors |= _norm(LAYERS + "self_attention.k_layernorm", head, model)
+        queries, keys = (heads, model.num_query_groups) if model.qk_layernorm_across_heads else (1, 1)
+        tensors |= _norm(LAYERS + "self_attention.q_layernorm", queries * head, model)
+        tensors |= _norm(LAYERS + "self_attention.k_layernorm", keys * head, model)
     tensors |= _linear(LAYERS + "self_attention.linear_proj", hidden, heads * head, bias=bias)
-    tensors |= _norm(LAYERS + "pre_mlp_layernorm", hidden, model)
-    tensors |= _linear(LAYERS + "mlp.linear_fc1", 2 * ffn if model.swiglu else ffn, hidden, bias=bias)
+    tensors |= _linear(LAYERS + "mlp.linear_fc1", 2 * ffn if model.gated else ffn, hidden, bias=bias)
     tensors |= _linear(LAYERS + "mlp.linear_fc2", hidden, ffn, bias=bias)
+    before = ("input_layernorm", "pre_mlp_layernorm") if model.norm_position != "post" else ()
+    after = ("post_self_attn_layernorm", "post_mlp_layernorm") if model.norm_position != "pre" else ()
+    for name in (*before, *after):
+        tensors |= _norm(LAYERS + name, hidden, model)
     tensors |= _norm("decoder.final_layernorm", hidden, model)
     if model.untie_embeddings_and_output_weights:
         tensors["output_layer.weight"] = (model.vocab_size, hidden)

@@ -5,6 +5,9 @@ context parallelism. Transformer Engine's layer spec brings its own and does not
 
 Under context parallelism the keys and values of all ranks are gathered, and each rank attends with its own queries.
 
+A layer with a sliding window sees ``config.window_size[0]`` positions to the left of the query. Its mask, [S, A]
+booleans, is materialised where the sequence is longer than the window.
+
 Shapes in this file: N heads of this rank, M key-value heads of this rank, D head size; S the positions of this rank, A
 those of all context-parallel ranks.
 """
@@ -20,6 +23,7 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,8 +31,16 @@ from megatron_groupdpo.mcore.context_parallel import gather_keys
 from megatron_groupdpo.sequence_shards import positions_of_rank
 
 
+def layer_window(config: TransformerConfig, layer_number: int) -> int | None:
+    """Positions to the left that a layer, counted from 1, sees; None: all."""
+    if config.window_size is None:
+        return None
+    windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
+    return config.window_size[0] if windowed else None
+
+
 class SdpaAttention(torch.nn.Module):
-    """Causal attention over padded [S, B] or packed [total] layouts."""
+    """Causal attention over padded [S, B] or packed [total] layouts, in some layers within a sliding window."""
 
     def __init__(
         self,
@@ -40,15 +52,20 @@ class SdpaAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        full_attention_factor: float = 1.0,
         **_: object,
     ) -> None:
+        """``full_attention_factor`` multiplies the scores of layers without a window; the rest is Megatron's."""
         super().__init__()
         assert not config.attention_dropout, "both passes must see one function: dropout is refused before"
         self.attn_mask_type = attn_mask_type
         self.cp_size = config.context_parallel_size
         self.cp_group: Any = parallel_state.get_context_parallel_group() if self.cp_size > 1 else None
         assert config.kv_channels is not None
+        self.window = layer_window(config, layer_number)
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
+        if self.window is None:
+            self.scale *= full_attention_factor
 
     def forward(
         self,
@@ -67,19 +84,26 @@ class SdpaAttention(torch.nn.Module):
         assert attention_bias is None, "no attention bias in this spec"
         if packed_seq_params is not None:
             return self._packed(query, key, value, packed_seq_params)
-        mask_type = attn_mask_type or self.attn_mask_type
-        mask_SA = None
+        if (attn_mask_type or self.attn_mask_type) == AttnMaskType.no_mask or query.shape[0] == 1 < key.shape[0]:
+            return self._decode(query, key, value)
+        mask_SA = self._mask(query.shape[0] * self.cp_size, query.device)
         if self.cp_size > 1:
-            mask_SA = self._causal_mask(query.shape[0] * self.cp_size, query.device)
             key, value = gather_keys(key, self.cp_group), gather_keys(value, self.cp_group)
         context_BNSD = self._attend(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            # One query against a cache is decoding: it may see everything that is there.
-            is_causal=mask_SA is None and mask_type != AttnMaskType.no_mask and query.shape[0] > 1,
             mask_SA=mask_SA,
         )
+        return context_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One query, the last position, against a cache of all keys up to it."""
+        assert query.shape[0] == 1, "decoding takes one position at a time"
+        if self.window is not None:
+            key, value = key[-self.window - 1 :], value[-self.window - 1 :]
+        q_BNSD, k_BMAD, v_BMAD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        context_BNSD = self._attend(q_BNSD, k_BMAD, v_BMAD, mask_SA=None, is_causal=False)
         return context_BNSD.permute(2, 0, 1, 3).flatten(2).contiguous()
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
@@ -91,27 +115,33 @@ class SdpaAttention(torch.nn.Module):
             key, value = (gather_keys(t, self.cp_group).unflatten(0, (self.cp_size, -1)) for t in (key, value))
         contexts = []
         for start, end in pairwise(bounds):
-            mask_SA = None
             q_SND = query[start:end]
             if self.cp_size > 1:
-                mask_SA = self._causal_mask((end - start) * self.cp_size, query.device)
                 k_AMD, v_AMD = (t[:, start:end].flatten(0, 1) for t in (key, value))
             else:
                 k_AMD, v_AMD = key[start:end], value[start:end]
             q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_SND, k_AMD, v_AMD))
-            context_NSD = self._attend(q, k, v, is_causal=mask_SA is None, mask_SA=mask_SA)[0]
+            mask_SA = self._mask((end - start) * self.cp_size, query.device)
+            context_NSD = self._attend(q, k, v, mask_SA=mask_SA)[0]
             contexts.append(context_NSD.transpose(0, 1).flatten(1))
         return torch.cat(contexts)
 
-    def _causal_mask(self, length: int, device: torch.device) -> Tensor:
-        """[S, A] bool: which of the gathered keys of one sequence each query of this rank may see."""
-        positions_A = torch.cat([positions_of_rank(length, rank, self.cp_size) for rank in range(self.cp_size)])
-        positions_S = positions_of_rank(length, self.cp_group.rank(), self.cp_size)
-        return (positions_S[:, None] >= positions_A[None, :]).to(device)
+    def _mask(self, length: int, device: torch.device) -> Tensor | None:
+        """[S, A] bool: which of one sequence's gathered keys each query of this rank may see; None: plain causal."""
+        if self.cp_size == 1 and (self.window is None or self.window >= length - 1):
+            return None
+        rank = self.cp_group.rank() if self.cp_size > 1 else 0
+        positions_A = torch.cat([positions_of_rank(length, other, self.cp_size) for other in range(self.cp_size)])
+        distance_SA = positions_of_rank(length, rank, self.cp_size)[:, None] - positions_A[None, :]
+        mask_SA = distance_SA >= 0
+        if self.window is not None:
+            mask_SA &= distance_SA <= self.window
+        return mask_SA.to(device)
 
     def _attend(
-        self, q_BNSD: Tensor, k_BMAD: Tensor, v_BMAD: Tensor, *, is_causal: bool, mask_SA: Tensor | None
+        self, q_BNSD: Tensor, k_BMAD: Tensor, v_BMAD: Tensor, *, mask_SA: Tensor | None, is_causal: bool | None = None
     ) -> Tensor:
+        """With the mask where there is one, else causal unless told otherwise."""
         repeats = q_BNSD.shape[1] // k_BMAD.shape[1]
         # The CPU kernels take equal head counts only; the CUDA ones read grouped heads in place.
         grouped = repeats > 1 and q_BNSD.is_cuda
@@ -119,5 +149,11 @@ class SdpaAttention(torch.nn.Module):
             k_BMAD = k_BMAD.repeat_interleave(repeats, dim=1)
             v_BMAD = v_BMAD.repeat_interleave(repeats, dim=1)
         return scaled_dot_product_attention(
-            q_BNSD, k_BMAD, v_BMAD, attn_mask=mask_SA, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
+            q_BNSD,
+            k_BMAD,
+            v_BMAD,
+            attn_mask=mask_SA,
+            is_causal=mask_SA is None if is_causal is None else is_causal,
+            scale=self.scale,
+            enable_gqa=grouped,
         )

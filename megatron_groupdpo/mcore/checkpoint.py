@@ -6,6 +6,7 @@ so that an interrupted save is never taken for a checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -188,7 +190,8 @@ def load_progress(folder: Path, schedule: OptimizerParamScheduler) -> Progress:
 
 def check_same_model(folder: Path, common: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     """Refuse a checkpoint whose architecture differs, naming every field that does."""
-    saved = common["model"]
+    # A checkpoint of an older version lacks the fields added since, which then had their defaults.
+    saved = {field.name: field.default for field in dataclasses.fields(ModelConfig)} | common["model"]
     differ = [
         f"{name}: checkpoint {saved.get(name)!r}, run {value!r}"
         for name, value in model.items()

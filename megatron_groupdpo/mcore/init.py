@@ -55,7 +55,7 @@ def _draw(shard: ShardedTensor, model: ModelConfig, *, seed: int) -> Tensor:
     if name.endswith("bias"):
         return torch.zeros(shape, device="cpu")
     if "norm" in name or "layer_norm_weight" in name:
-        return torch.ones(shape, device="cpu")
+        return torch.zeros(shape, device="cpu") if model.apply_layernorm_1p else torch.ones(shape, device="cpu")
     layer = shard.global_offset[: shard.prepend_axis_num]
     digest = hashlib.sha256(f"{seed}|{name}|{layer}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -26,7 +30,9 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.attention import SdpaAttention
-from megatron_groupdpo.mcore.norm import norm_class
+from megatron_groupdpo.mcore.layer import PostNormLayer
+from megatron_groupdpo.mcore.norm import AcrossHeadsRMSNorm, norm_class
+from megatron_groupdpo.mcore.rotary import ScaledRotaryEmbedding, TwoRopeSelfAttention, score_factor
 
 # GPTModel warns on every construction that HybridModel will replace it; said once, in the docstring above.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
@@ -58,9 +64,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
             num_attention_heads=model.num_attention_heads,
             num_query_groups=model.num_query_groups,
             kv_channels=model.kv_channels,
+            softmax_scale=_softmax_scale(model),
+            window_size=(model.window_size[0], 0) if model.window_size else None,
+            window_attn_skip_freq=_skip_freq(model),
             normalization=model.normalization,
+            layernorm_zero_centered_gamma=model.apply_layernorm_1p,
             layernorm_epsilon=model.norm_epsilon,
-            gated_linear_unit=model.swiglu,
+            gated_linear_unit=model.gated,
             activation_func=_ACTIVATIONS["silu" if model.swiglu else model.activation],
             add_bias_linear=model.add_bias_linear,
             add_qkv_bias=model.add_qkv_bias,
@@ -98,23 +108,51 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
         raise ConfigError(f"Megatron-Core refuses this model or layout: {error}") from error
 
 
+def _softmax_scale(model: ModelConfig) -> float | None:
+    """None for Megatron's own, 1/sqrt(kv_channels); what differs between layers is left to ``SdpaAttention``."""
+    factor = score_factor(model, windowed=True)
+    assert model.kv_channels is not None
+    if model.softmax_scale is None and factor == 1:
+        return None
+    return factor * (model.softmax_scale or 1 / math.sqrt(model.kv_channels))
+
+
+def _skip_freq(model: ModelConfig) -> int | list[int] | None:
+    """As Megatron spells it: every N-th layer, or a mark for each layer."""
+    layers = model.window_attn_skip_freq
+    if len(layers) > 1:
+        return list(layers)
+    return layers[0] if layers else None
+
+
 def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: int | None) -> Any:
     """Layers from Megatron-Core and PyTorch alone, with our norm and attention."""
     norm = norm_class(model.normalization)
     submodules = get_gpt_layer_local_submodules(qk_layernorm=model.qk_layernorm, normalization=model.normalization)
     attention: Any = submodules.self_attention
-    replaced: dict[str, Any] = {"core_attention": SdpaAttention}
-    if model.qk_layernorm:
+    full_factor = score_factor(model, windowed=False) / score_factor(model, windowed=True)
+    replaced: dict[str, Any] = {"core_attention": partial(SdpaAttention, full_attention_factor=full_factor)}
+    if model.qk_layernorm_across_heads:
+        heads = {"q_layernorm": model.num_attention_heads, "k_layernorm": model.num_query_groups}
+        replaced |= {name: partial(AcrossHeadsRMSNorm, num_heads=number) for name, number in heads.items()}
+    elif model.qk_layernorm:
         replaced |= {"q_layernorm": norm, "k_layernorm": norm}
+    norm_before = IdentityOp if model.norm_position == "post" else norm
     submodules = dataclasses.replace(
         submodules,
-        input_layernorm=norm,
-        pre_mlp_layernorm=norm,
-        self_attention=dataclasses.replace(attention, submodules=dataclasses.replace(attention.submodules, **replaced)),
+        input_layernorm=norm_before,
+        pre_mlp_layernorm=norm_before,
+        self_attention=dataclasses.replace(
+            attention,
+            module=SelfAttention if model.rotary_base_local is None else TwoRopeSelfAttention,
+            submodules=dataclasses.replace(attention.submodules, **replaced),
+        ),
         # Keys as the modules name them; the map only serves checkpoints shared with fused layers.
         sharded_state_dict_keys_map={},
     )
-    layer = ModuleSpec(module=TransformerLayer, submodules=submodules)
+    layer = ModuleSpec(
+        module=TransformerLayer if model.norm_position == "pre" else PostNormLayer, submodules=submodules
+    )
     num_layers = get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
@@ -161,8 +199,17 @@ def build_model(
             rotary_base=int(model.rotary_base),
             vp_stage=vp_stage,
         )
+        if model.rope_scaling_type is not None or model.rotary_base_local is not None:
+            chunk.rotary_pos_emb = ScaledRotaryEmbedding(model, cp_group=chunk.pg_collection.cp)
+        if model.scale_embeddings and chunk.pre_process:
+            chunk.embedding.register_forward_hook(partial(_scaled, math.sqrt(model.hidden_size)))
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
+
+
+def _scaled(scale: float, _module: torch.nn.Module, _inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
+    # In the weights' precision, as models that do this were trained.
+    return embeddings * torch.tensor(scale, dtype=embeddings.dtype, device=embeddings.device)
 
 
 def wrap_for_inference(chunks: list[torch.nn.Module], config: TransformerConfig) -> list[torch.nn.Module]:

@@ -6,7 +6,14 @@ gradient of the weight is a partial sum; marking the weight ``sequence_parallel`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -17,12 +24,49 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = _start(config, hidden_size)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``."""
+        if self.zero_centered:
+            weight = 1.0 + self.weight.float()
+            return torch.nn.functional.rms_norm(x.float(), weight.shape, weight, self.eps).type_as(x)
         return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class AcrossHeadsRMSNorm(torch.nn.Module):
+    """Root-mean-square norm over all heads, of which each tensor-parallel rank holds a part; [S, B, N, D] to the same.
+
+    Every rank holds the whole weight and uses its heads' part. As its name holds ``q_layernorm`` or ``k_layernorm``,
+    Megatron sums the ranks' gradients (``finalize_model_grads``), also where several ranks share a key head.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *, num_heads: int, **_: object
+    ) -> None:
+        super().__init__()
+        assert config.qk_layernorm, "else the gradients of the weight are not summed"
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.num_heads = num_heads
+        self.weight = _start(config, num_heads * hidden_size)
+
+    def forward(self, x_SBND: Tensor) -> Tensor:
+        """Normalise this rank's N heads of ``num_heads``."""
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        num_local, head = x_SBND.shape[-2:]
+        copies = group.size() * num_local // self.num_heads  # of a key head, where there are fewer than ranks
+        x = x_SBND.float()
+        squares = x.square().sum((-2, -1), keepdim=True)
+        if group.size() > 1:
+            # Summed forward; and backward, since every rank's heads depend on the sum.
+            squares = copy_to_tensor_model_parallel_region(reduce_from_tensor_model_parallel_region(squares)) / copies
+        first = group.rank() // copies * num_local
+        weight_ND = self.weight.view(self.num_heads, head)[first : first + num_local]
+        scale = torch.rsqrt(squares / (self.num_heads * head) + self.eps)
+        return (x * scale * (weight_ND.float() + float(self.zero_centered))).type_as(x_SBND)
 
 
 class LayerNorm(torch.nn.Module):
@@ -31,14 +75,24 @@ class LayerNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.weight = _start(config, hidden_size)
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in (self.weight, self.bias):
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x``."""
+        if self.zero_centered:
+            weight, bias = 1.0 + self.weight.float(), self.bias.float()
+            return torch.nn.functional.layer_norm(x.float(), weight.shape, weight, bias, self.eps).type_as(x)
         return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+def _start(config: TransformerConfig, size: int) -> torch.nn.Parameter:
+    """Weights of a norm that changes no scale; Megatron's ``layernorm_zero_centered_gamma`` stores them less 1."""
+    start = 0.0 if config.layernorm_zero_centered_gamma else 1.0
+    return torch.nn.Parameter(torch.full((size,), start, dtype=config.params_dtype))
 
 
 def norm_class(normalization: str) -> type[RMSNorm] | type[LayerNorm]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
@@ -63,7 +64,10 @@ def build_policy(
     model = resolved(model)
     assert model.vocab_size is not None
     config = transformer_config(model, parallel, precision)
-    chunks = build_model(model, parallel, config, transformer_impl=choose_transformer_impl(model, ranks.device))
+    transformer_impl = choose_transformer_impl(
+        model, ranks.device, context_parallel_size=parallel.context_parallel_size
+    )
+    chunks = build_model(model, parallel, config, transformer_impl=transformer_impl)
     initialize_weights(chunks, model, seed=seed)
     wrapped = wrap_for_training(chunks, config, parallel) if training else wrap_for_inference(chunks, config)
     engine = MegatronEngine(
@@ -104,19 +108,42 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(resolved(model)).items() if name not in not_the_model}
 
 
-def choose_transformer_impl(model: ModelConfig, device: torch.device) -> str:
-    """``local`` or ``transformer_engine``; the latter needs the package, and a GPU."""
+def choose_transformer_impl(model: ModelConfig, device: torch.device, *, context_parallel_size: int = 1) -> str:
+    """``local`` or ``transformer_engine``; the latter needs the package, a GPU, and a model that its layers can be."""
     if model.transformer_impl == "local" or (model.transformer_impl == "auto" and device.type == "cpu"):
         return "local"
     problem = "the run's device is the CPU" if device.type == "cpu" else _transformer_engine_problem()
     if problem is None:
-        return "transformer_engine"
+        lacks = _transformer_engine_lacks(model, context_parallel_size)
+        if lacks is None:
+            return "transformer_engine"
+        if model.transformer_impl == "auto":
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                print(f"transformer_impl auto: local layers, since Transformer Engine's have no {lacks}", flush=True)
+            return "local"
+        raise ConfigError(
+            f"transformer_impl 'transformer_engine' would compute another model: its layers have no {lacks}; set "
+            "--transformer-impl local"
+        )
     if model.transformer_impl == "auto":
         return "local"
     raise ConfigError(
         f"transformer_impl 'transformer_engine' cannot be had: {problem}; install the 'te' extra on a machine with a "
         "GPU, or set --transformer-impl local"
     )
+
+
+def _transformer_engine_lacks(model: ModelConfig, context_parallel_size: int) -> str | None:
+    """What the model needs and Megatron's Transformer Engine layers do not have, with the field that asks for it."""
+    if model.norm_position != "pre":
+        return f"norms after attention and MLP (norm_position {model.norm_position!r})"
+    if model.qk_layernorm_across_heads:
+        return "norm over all heads together (qk_layernorm_across_heads)"
+    if model.rotary_base_local is not None:
+        return f"second RoPE for layers with the window (rotary_base_local {model.rotary_base_local})"
+    if model.window_size and context_parallel_size > 1:
+        return f"sliding window under ring context parallelism (context_parallel_size {context_parallel_size})"
+    return None
 
 
 def _transformer_engine_problem() -> str | None:

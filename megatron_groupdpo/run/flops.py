@@ -18,7 +18,7 @@ def _layer_flops(model: ModelConfig) -> tuple[float, float]:
     assert model.num_query_groups is not None
     assert model.kv_channels is not None
     heads, kv = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
-    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.swiglu else 2)
+    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.gated else 2)
     # Causal: a position meets half the sequence on average.
     return 2 * model.num_layers * (model.hidden_size * (2 * heads + 2 * kv) + mlp), model.num_layers * 4 * heads / 2
 

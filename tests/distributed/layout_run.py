@@ -220,7 +220,9 @@ def _unwrapped(chunk: Any) -> Any:
     return chunk
 
 
-def whole_tensors(parts: Sequence[list[Shard]], *, replicas_agree_to: float = 0.0) -> dict[str, torch.Tensor]:
+def whole_tensors(
+    parts: Sequence[list[Shard]], *, replicas_agree_to: float = 0.0, vocab_size: int = VOCAB_SIZE
+) -> dict[str, torch.Tensor]:
     """Put the shards of all ranks together: name to float64 tensor, without the rows that pad the vocabulary.
 
     Ranks that hold the same piece (data-parallel replicas, norms under tensor parallelism, tied embeddings of the
@@ -236,7 +238,7 @@ def whole_tensors(parts: Sequence[list[Shard]], *, replicas_agree_to: float = 0.
             assert gap <= replicas_agree_to * np.abs(known).max(), f"copies of {shard.name} differ by {gap}"
         tensor[window] = shard.values
     tensors = {
-        name: torch.from_numpy(tensor[:VOCAB_SIZE] if _is_vocabulary(name) else tensor)
+        name: torch.from_numpy(tensor[:vocab_size] if _is_vocabulary(name) else tensor)
         for name, tensor in whole.items()
     }
     missing = [name for name, tensor in tensors.items() if bool(tensor.isnan().any())]

@@ -12,6 +12,28 @@ from tiny_run import MODEL
 
 END = 5
 GPT = {"position_embedding_type": "learned_absolute", "normalization": "LayerNorm", "swiglu": False}
+OLMO3 = {
+    "window_size": (3, 0),
+    "window_attn_skip_freq": (2,),
+    "rotary_base_local": 100,
+    "rope_scaling_type": "yarn",
+    "rope_scaling_original_length": 16,
+    "rope_scaling_attention_factor": 1.2,
+    "norm_position": "post",
+    "qk_layernorm": True,
+    "qk_layernorm_across_heads": True,
+}
+GEMMA = {
+    "window_size": (3, 0),
+    "window_attn_skip_freq": (2,),
+    "rotary_base_local": 100,
+    "norm_position": "sandwich",
+    "apply_layernorm_1p": True,
+    "qk_layernorm": True,
+    "scale_embeddings": True,
+    "softmax_scale": 0.2,
+}
+MODELS = {"llama": {}, "gpt": GPT, "olmo3": OLMO3, "gemma3": GEMMA}
 
 
 def tiny_policy(layout: dict[str, int], model: dict[str, Any]) -> Any:
@@ -69,7 +91,7 @@ def largest_gap_to_uncached_on_rank(layout: dict[str, int], model: dict[str, Any
         shut_down()
 
 
-@pytest.mark.parametrize("model", [{}, GPT], ids=["llama", "gpt"])
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("layout", [{}, {"tensor_model_parallel_size": 2}], ids=["one", "tp2"])
 def test_cached_decoding_gives_the_logits_of_the_whole_forward(
     pool: RankPool, layout: dict[str, int], model: dict[str, Any]

@@ -7,13 +7,19 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.config.options import did_you_mean
 from megatron_groupdpo.convert.families.base import Family, HfConfig, Rule
+from megatron_groupdpo.convert.families.gemma3 import GEMMA3
 from megatron_groupdpo.convert.families.gpt2 import GPT2
 from megatron_groupdpo.convert.families.llama import LLAMA
+from megatron_groupdpo.convert.families.mistral import MISTRAL
+from megatron_groupdpo.convert.families.olmo2 import OLMO2
+from megatron_groupdpo.convert.families.olmo3 import OLMO3
+from megatron_groupdpo.convert.families.qwen2 import QWEN2
+from megatron_groupdpo.convert.families.qwen3 import QWEN3
 from megatron_groupdpo.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "HfConfig", "Rule", "family_for_export", "family_named", "family_of_config"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, GPT2)
+FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GEMMA3, GPT2)
 """On export the first that can express the model is taken."""
 
 
@@ -24,6 +30,7 @@ def family_of_config(config: HfConfig) -> Family:
         ConfigError: unknown, or neither field is there.
     """
     by_architecture = {family.architecture: family for family in FAMILIES}
+    by_architecture |= {family.wrapper: family for family in FAMILIES if family.wrapper}
     by_type = {family.model_type: family for family in FAMILIES}
     architectures, model_type = config.get("architectures"), config.get("model_type")
     if isinstance(architectures, list) and architectures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,13 @@ class Family:
     """Regular expressions of tensors that hold no parameter (buffers of old versions)."""
     tied_copies: Mapping[str, str] = field(default_factory=dict)
     """Copies that a file of a model with tied embeddings may hold, and what each is a copy of."""
+    wrapper: str | None = None
+    """Architecture of a model that holds this one beside others (a vision tower), configured by its ``text_config``."""
+    renamed: tuple[tuple[str, str], ...] = ()
+    """Other starts of tensor names: the rules' and the one found in files of a wrapper."""
+    reads: tuple[str, ...] = ()
+    """Fields of config.json that ``to_model`` honours or refuses itself, though most families have no use for them
+    (see ``_NEUTRAL`` in ``hf_model.py``)."""
 
 
 def require(config: HfConfig, name: str, *allowed: Any) -> None:
@@ -59,9 +67,27 @@ def require(config: HfConfig, name: str, *allowed: Any) -> None:
         )
 
 
-def require_model(model: ModelConfig, family: str, **values: Any) -> None:
-    """Refuse a model that the family cannot express: a field with another value than the given one."""
-    for name, value in values.items():
+_SIZES = frozenset(
+    {
+        "num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size", "num_query_groups", "kv_channels",
+        "max_position_embeddings", "norm_epsilon", "vocab_size",
+    }
+)  # fmt: skip
+_NOT_COMPUTED = frozenset({"make_vocab_size_divisible_by", "init_method_std", "transformer_impl"})
+
+
+def require_model(model: ModelConfig, family: str, *, expressed: tuple[str, ...], **values: Any) -> None:
+    """Refuse a model that the family cannot express.
+
+    Args:
+        model: the model.
+        family: its name, for messages.
+        expressed: fields of ModelConfig, beside the sizes, that the family's config.json has.
+        values: what the family fixes; every other field of ModelConfig must have its default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    free = {*_SIZES, *_NOT_COMPUTED, *expressed}
+    for name, value in (values | {n: d for n, d in defaults.items() if n not in free | values.keys()}).items():
         if getattr(model, name) != value:
             raise ConfigError(f"{family} has {name} {value!r}, the model {getattr(model, name)!r}")
 
@@ -70,18 +96,6 @@ def one_of(config: HfConfig, name: str, known: Mapping[str, str]) -> str:
     """Translate a field whose values have other names here; refuse the others."""
     require(config, name, *known)
     return known[config[name]]
-
-
-def rotary_base(config: HfConfig) -> int:
-    """The base of plain RoPE; any scaling is refused."""
-    rope = config.get("rope_parameters") or {}
-    named = {f"rope_parameters.{name}": value for name, value in rope.items()}
-    require(named, "rope_parameters.rope_type", "default")
-    require(named, "rope_parameters.partial_rotary_factor", 1.0, None)
-    theta = named.get("rope_parameters.rope_theta")
-    if not isinstance(theta, int | float) or theta != int(theta) or theta < 1:
-        raise ConfigError(f"rope_parameters.rope_theta is {theta!r}; only whole positive numbers can be converted")
-    return int(theta)
 
 
 def _either(values: tuple[Any, ...]) -> str:

@@ -69,11 +69,10 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     require_model(
         model,
         "gpt2",
+        expressed=("activation", "untie_embeddings_and_output_weights", "add_qkv_bias"),
         position_embedding_type="learned_absolute",
         normalization="LayerNorm",
-        swiglu=False,
         add_bias_linear=True,
-        qk_layernorm=False,
         num_query_groups=model.num_attention_heads,
     )
     assert model.kv_channels is not None

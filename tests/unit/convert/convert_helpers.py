@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_examples import CONFIGS
 from safetensors.torch import load_file
 from torch import Tensor
 
-CONFIG_NAMES = ("llama-untied", "llama-tied", "llama-biases", "gpt2", "gpt2-untied-relu")
+CONFIG_NAMES = tuple(CONFIGS)
 
 
 def files_of(file: Path) -> dict[str, Tensor]:

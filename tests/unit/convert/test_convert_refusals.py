@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import tensors_of
+from hf_examples import SCALED
 from safetensors.torch import save_file
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
@@ -56,7 +57,7 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_and_all(own_copy: 
     edit_config(folder, architectures=["LLamaForCausalLm"])
     refused(folder, ConfigError, "did you mean 'LlamaForCausalLM'?", "GPT2LMHeadModel")
     edit_config(folder, architectures=None, model_type="mamba")
-    refused(folder, ConfigError, "model_type", "'mamba'", "llama, gpt2")
+    refused(folder, ConfigError, "model_type", "'mamba'", "llama, qwen2", "gpt2")
     edit_config(folder, model_type=None)
     refused(folder, ConfigError, "names no architecture")
 
@@ -66,11 +67,14 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_and_all(own_copy: 
     [
         (
             "llama-tied",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "rope_parameters.rope_type is 'linear'",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_parameters.rope_type is 'dynamic'",
         ),
         ("llama-tied", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4 + 0.5}}, "rope_theta is 10000.5"),
-        ("llama-tied", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ("llama-tied", {"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+        ("qwen3", {"rope_parameters": SCALED["yarn"] | {"truncate": False}}, "rope_parameters.truncate is False"),
+        ("qwen3", {"rope_parameters": SCALED["yarn"] | {"mscale": 0.7}}, "rope_parameters.mscale is 0.7"),
+        ("llama-tied", {"rope_parameters": SCALED["linear"] | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama-tied", {"sliding_window": 32}, "sliding_window is 32"),
         ("llama-tied", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ("llama-tied", {"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -78,6 +82,15 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_and_all(own_copy: 
         ("llama-tied", {"hidden_act": "relu"}, "hidden_act is 'relu'"),
         ("llama-tied", {"attention_bias": True}, "mlp_bias is False"),
         ("llama-tied", {"num_attention_heads": "six"}, "num_attention_heads"),
+        ("qwen3", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen3-windows", {"layer_types": ["sliding_attention"] * 3}, "number of `layer_types` (3)"),
+        ("qwen3-windows", {"layer_types": ["full_attention"] * 3 + ["linear_attention"]}, "layer_types is"),
+        (
+            "qwen2-tied",
+            {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": False},
+            "sliding_window is None",
+        ),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function is 'tanh'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ],

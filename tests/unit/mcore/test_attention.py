@@ -12,9 +12,8 @@ from torch import Tensor
 HEADS, WIDTH = 4, 8
 
 
-@pytest.fixture(scope="module")
-def core_attention():
-    # In the fixture: importing Megatron takes seconds, which a run of other tests should not pay.
+def build_attention(**fields):
+    # Here: importing Megatron takes seconds, which a run of other tests should not pay.
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -27,8 +26,14 @@ def core_attention():
         num_query_groups=2,
         kv_channels=WIDTH,
         attention_dropout=0.0,
+        **fields,
     )
     return SdpaAttention(config, 1, AttnMaskType.causal, "self")
+
+
+@pytest.fixture(scope="module")
+def core_attention():
+    return build_attention()
 
 
 def packed_params(bounds: list[int]):
@@ -42,7 +47,7 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def by_hand(q_SND: Tensor, k_SMD: Tensor, v_SMD: Tensor) -> Tensor:
+def by_hand(q_SND: Tensor, k_SMD: Tensor, v_SMD: Tensor, left: int = 99) -> Tensor:
     """Causal attention of one sequence, head by head: [S, N * D]."""
     length, heads = q_SND.shape[:2]
     outputs = []
@@ -50,6 +55,7 @@ def by_hand(q_SND: Tensor, k_SMD: Tensor, v_SMD: Tensor) -> Tensor:
         m = n * k_SMD.shape[1] // heads
         logits = q_SND[:, n] @ k_SMD[:, m].T / math.sqrt(WIDTH)
         logits = logits.masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
+        logits = logits.masked_fill(torch.ones(length, length).tril(-left - 1).bool(), -math.inf)
         outputs.append(logits.softmax(-1) @ v_SMD[:, m])
     return torch.cat(outputs, dim=1)
 
@@ -97,3 +103,15 @@ def test_one_query_against_a_longer_cache_sees_all_of_it(core_attention):
     q, k, v = draw(1, 1, HEADS, WIDTH, seed=1), draw(6, 1, 2, WIDTH, seed=2), draw(6, 1, 2, WIDTH, seed=3)
     query_last = torch.cat([draw(5, HEADS, WIDTH, seed=4), q[:, 0]])
     torch.testing.assert_close(core_attention(q, k, v, None)[0], by_hand(query_last, k[:, 0], v[:, 0])[-1:])
+
+
+@pytest.mark.parametrize("left", [0, 1, 3, 12, 13])
+def test_a_window_counts_the_positions_to_the_left_padded_packed_and_decoding(left: int):
+    attention = build_attention(window_size=(left, 0))
+    bounds = [0, 5, 6, 13]
+    q, k, v = draw(13, HEADS, WIDTH, seed=1), draw(13, 2, WIDTH, seed=2), draw(13, 2, WIDTH, seed=3)
+    wanted = by_hand(q, k, v, left)
+    torch.testing.assert_close(attention(q[:, None], k[:, None], v[:, None], None)[:, 0], wanted)
+    torch.testing.assert_close(attention(q[-1:, None], k[:, None], v[:, None], None)[:, 0], wanted[-1:])
+    packed = attention(q, k, v, None, packed_seq_params=packed_params(bounds))
+    torch.testing.assert_close(packed, torch.cat([by_hand(q[a:b], k[a:b], v[a:b], left) for a, b in pairwise(bounds)]))

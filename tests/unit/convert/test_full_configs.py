@@ -1,0 +1,163 @@
+"""The models of the GroupDPO paper at full size: their configurations are understood and every tensor has a place.
+
+The values are those of the public config.json files on the Hugging Face hub (Qwen/Qwen3-4B, allenai/Olmo-3-7B-Instruct,
+allenai/Olmo-3.1-32B-Instruct, google/gemma-3-4b-it), written from memory; fields that do not matter are left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from convert_helpers import tensors_of
+from safetensors.torch import save_file
+
+from megatron_groupdpo.convert.families import family_of_config
+from megatron_groupdpo.convert.hf_model import model_of_config, open_hf_model, text_part
+from megatron_groupdpo.convert.plan import conversion_plan
+
+OLMO = {
+    "architectures": ["Olmo3ForCausalLM"],
+    "model_type": "olmo3",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "rope_theta": 500000,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 100278,
+}
+FULL: dict[str, dict[str, Any]] = {
+    "qwen3-4b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2560,
+        "initializer_range": 0.02,
+        "intermediate_size": 9728,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 36,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "olmo-3-7b": OLMO
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+    },
+    "olmo-3.1-32b": OLMO
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_attention_heads": 40,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 8,
+    },
+    "gemma-3-4b": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "eos_token_id": [1, 106],
+        "initializer_range": 0.02,
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "vision_config": {"model_type": "siglip_vision_model"},
+    },
+}
+WANTED: dict[str, dict[str, Any]] = {
+    "qwen3-4b": {"qk_layernorm": True, "kv_channels": 128, "rotary_base": 1000000, "window_size": ()},
+    "olmo-3-7b": {
+        "norm_position": "post",
+        "window_size": (4095, 0),
+        "window_attn_skip_freq": (4,),
+        "rope_scaling_type": "yarn",
+        "rope_scaling_attention_factor": 1.2079441541679836,
+        "rotary_base_local": 500000,
+    },
+    "olmo-3.1-32b": {"num_query_groups": 8, "kv_channels": 128, "qk_layernorm_across_heads": True},
+    "gemma-3-4b": {
+        "norm_position": "sandwich",
+        "num_query_groups": 4,
+        "kv_channels": 256,
+        "vocab_size": 262208,
+        "window_size": (1023, 0),
+        "window_attn_skip_freq": (6,),
+        "rotary_base": 1000000,
+        "rotary_base_local": 10000,
+        "rope_scaling_type": "linear",
+        "rope_scaling_factor": 8.0,
+        "softmax_scale": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_the_papers_models_map_every_tensor_of_transformers_at_full_size(name: str):
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = FULL[name]
+    family = family_of_config(config)
+    inner = text_part(family, dict(config))
+    model = model_of_config(family, inner)
+    assert {field: getattr(model, field) for field in WANTED[name]} == WANTED[name]
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family.model_type].from_dict(inner))
+    shapes = {key: tuple(parameter.shape) for key, parameter in theirs.named_parameters()}
+    mapped = {key: shape for pair in conversion_plan(family, model).values() for key, shape in pair.hf.items()}
+    assert mapped == shapes
+    back = model_of_config(family, {**family.to_hf(model), "model_type": family.model_type})
+    assert back == model
+
+
+@pytest.mark.parametrize("start", ["language_model.model.", "model.language_model."])
+def test_the_text_model_is_taken_out_of_a_model_with_vision(own_copy: Callable[[str], Path], start: str):
+    folder = own_copy("gemma3")
+    before = open_hf_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    outer = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": config}
+    (folder / "config.json").write_text(json.dumps(outer))
+    tensors = {name.replace("model.", start, 1): tensor for name, tensor in tensors_of(folder).items()}
+    vision = {
+        "vision_tower.embed.weight": torch.ones(2),
+        "multi_modal_projector.mm_input_projection_weight": torch.ones(2),
+    }
+    save_file(tensors | vision, folder / "model.safetensors", metadata={"format": "pt"})
+    after = open_hf_model(folder)
+    assert after.model == before.model
+    assert set(after.ignored) == set(vision)
+    assert after.config["architectures"] == ["Gemma3ForCausalLM"]
+    assert all(torch.equal(after.read(key), before.read(key)) for key in before.plan)
