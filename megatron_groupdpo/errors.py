@@ -13,5 +13,9 @@ class DataError(UserError):
     """A record, file or token store breaks a rule; the message starts with ``file:line`` where one exists."""
 
 
+class StopError(DataError):
+    """Stops also where bad records are dropped: a case the user asked to stop at, or a file that is broken."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is absent, incomplete, or belongs to another model."""

@@ -13,6 +13,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from typing import IO, Any
 import zstandard
 
 from megatron_groupdpo.data import json_array
-from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.errors import DataError, StopError
 
 JSON_LINES = (".jsonl", ".ndjson")
 JSON_FILES = (".json",)
@@ -51,7 +52,8 @@ def expand_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
         if given.startswith(DATASET_PREFIX) or _is_saved_dataset(path):
             sources.append(given)
         elif path.is_dir():
-            found = sorted(str(file) for file in path.rglob("*") if file.is_file() and kind_of(file) is not None)
+            _refuse_dataset_dict(path)
+            found = sorted(str(file) for file in path.rglob("*") if _holds_records(file, path))
             if not found:
                 raise DataError(f"{given}: a folder must hold files of a known kind ({_kinds()}), found none")
             sources.extend(found)
@@ -63,7 +65,33 @@ def expand_inputs(inputs: Sequence[str]) -> tuple[str, ...]:
         known = source.startswith(DATASET_PREFIX) or Path(source).is_dir() or kind_of(Path(source)) is not None
         if not known:
             raise DataError(f"{source}: unknown kind of file; known are {_kinds()}, also with .gz or .zst")
+    _refuse_repeats(sources)
     return tuple(sources)
+
+
+_METADATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
+"""What ``datasets`` writes beside the records."""
+
+
+def _holds_records(file: Path, folder: Path) -> bool:
+    """Whether a file of a folder is one to read: hidden files and metadata are not."""
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.is_file() and not hidden and file.name not in _METADATA and kind_of(file) is not None
+
+
+def _refuse_dataset_dict(folder: Path) -> None:
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(str(path) for path in folder.iterdir() if _is_saved_dataset(path))
+        raise DataError(f"{folder}: holds several splits of a dataset; name those to read: {', '.join(splits)}")
+
+
+def _refuse_repeats(sources: Sequence[str]) -> None:
+    seen: set[str] = set()
+    for source in sources:
+        name = source if source.startswith(DATASET_PREFIX) else os.path.realpath(source)
+        if name in seen:
+            raise DataError(f"{source}: given twice, its groups would count twice; name it once")
+        seen.add(name)
 
 
 def read_raw(source: str) -> Iterator[tuple[Raw, int]]:
@@ -164,7 +192,9 @@ def _open_bytes(source: str) -> Iterator[IO[bytes]]:
         else:
             with open(source, "rb") as stream:
                 yield stream
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+    except gzip.BadGzipFile as error:
+        raise DataError(f"{source}: no gzip file, or a damaged one ({error}); rename it, or copy it again") from None
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{source}: the archive is cut short or damaged ({error}); copy it again") from None
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror or error})") from None
@@ -221,12 +251,14 @@ def _loads(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(
+        raise StopError(
             f"{where}: broken JSON: {error.msg} at line {error.lineno} column {error.colno} of the text "
             f"{_excerpt(text, error.pos)}; repair or remove it"
         ) from None
     except RecursionError:
-        raise DataError(f"{where}: broken JSON: nested too deeply") from None
+        raise StopError(f"{where}: broken JSON: nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise StopError(f"{where}: JSON that cannot be read: {error}; repair or remove it") from None
 
 
 def _excerpt(text: str, position: int) -> str:

@@ -73,6 +73,8 @@ class _Text:
                     self.fail(number, error.msg)
             except RecursionError:
                 self.fail(number, "nested too deeply")
+            except ValueError as error:  # an integer of thousands of digits
+                self.fail(number, str(error))
             else:
                 # A number may go on in the next block: "1" as "1e+5".
                 if end + len("e+5") <= len(self._buffer) or not isinstance(value, int | float) or self._ended:

@@ -17,12 +17,12 @@ from typing import Literal, NamedTuple
 from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.blocks import GroupBlock, PreparedGroup, pack_groups
 from megatron_groupdpo.data.counts import Counts
-from megatron_groupdpo.data.files import Raw, RawRecord, parse_raw
+from megatron_groupdpo.data.files import Raw, parse_raw
 from megatron_groupdpo.data.partition import Partition, cap_sides, distinct_responses, is_one_sided, partition_group
 from megatron_groupdpo.data.schemas import Schema, SchemaOptions, schema_named
 from megatron_groupdpo.data.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
 from megatron_groupdpo.data.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
-from megatron_groupdpo.errors import ConfigError, DataError
+from megatron_groupdpo.errors import ConfigError, DataError, StopError
 from megatron_groupdpo.types import POSITIVE, GroupRecord
 
 
@@ -37,7 +37,7 @@ class PreprocessOptions:
     """Name of a record schema, or ``auto``: detected for each source from its first records."""
     schema_options: SchemaOptions = field(default_factory=SchemaOptions)
     on_bad_record: Literal["error", "drop"] = "error"
-    """``drop`` counts a record that breaks its schema's rules and goes on; broken JSON always stops."""
+    """``drop`` counts a record that cannot be used and goes on; broken JSON always stops: the file may be cut short."""
 
     def __post_init__(self) -> None:
         if self.on_bad_record not in ("error", "drop"):
@@ -53,7 +53,7 @@ class GroupPreparer:
         self._options = options
         self._tokenizer = GroupTokenizer(tokenizer or load_tokenizer(options.tokenizer), options.tokenize)
 
-    def prepare(self, raw: RawRecord, where: str, schema: Schema, counts: Counts) -> PreparedGroup | None:
+    def prepare(self, raw: Raw, where: str, schema: Schema, counts: Counts) -> PreparedGroup | None:
         """The group, or None where it is dropped; ``counts`` says why (but for the responses that go with a group).
 
         Raises:
@@ -61,14 +61,14 @@ class GroupPreparer:
         """
         counts[why.GROUPS_READ] += 1
         try:
-            record = schema.parse(raw, where, self._options.schema_options)
-        except DataError:
-            if self._options.on_bad_record == "error":
+            record = schema.parse(parse_raw(raw, where), where, self._options.schema_options)
+            counts[why.RESPONSES_READ] += len(record.responses)
+            return self._prepare(record, schema, counts)
+        except DataError as error:
+            if self._options.on_bad_record == "error" or isinstance(error, StopError):
                 raise
             counts[why.BAD_RECORD] += 1
             return None
-        counts[why.RESPONSES_READ] += len(record.responses)
-        return self._prepare(record, schema, counts)
 
     def _prepare(self, record: GroupRecord, schema: Schema, counts: Counts) -> PreparedGroup | None:
         partition = self._options.partition
@@ -113,7 +113,7 @@ def _sides_suffice(labels: Iterable[int], partition: Partition, where: str) -> b
     if not is_one_sided(labels):
         return True
     if partition.one_sided == "error":
-        raise DataError(
+        raise StopError(
             f"{where}: a group needs positives and negatives, got {labels.count(POSITIVE)} and "
             f"{len(labels) - labels.count(POSITIVE)}; choose --one-sided drop or keep, or another --partition"
         )
@@ -165,7 +165,7 @@ def prepare_chunk(preparer: GroupPreparer, chunk: Chunk) -> Prepared:
     prepared = []
     for row, raw in zip(chunk.rows, chunk.raws):
         where = f"{chunk.source}:{row}"
-        group = preparer.prepare(parse_raw(raw, where), where, schema, counts)
+        group = preparer.prepare(raw, where, schema, counts)
         if group is not None:
             prepared.append(group)
     counts[why.GROUP_DROPPED] = counts[why.RESPONSES_READ] - counts[why.RESPONSES_KEPT] - _num_dropped(counts)

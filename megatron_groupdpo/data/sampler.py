@@ -102,6 +102,7 @@ class BlendedSampler:
 def block_shares(weights: Sequence[float], block: int) -> np.ndarray:
     """[sources] int64 that sum to ``block`` (largest remainders), each at least 1."""
     exact = np.asarray(weights, dtype=np.float64)
+    exact = exact / exact.max()  # so that no sum overflows
     exact = exact / exact.sum() * block
     shares = np.maximum(1, np.floor(exact).astype(np.int64))
     for source in np.argsort(-(exact - np.floor(exact)), kind="stable")[: max(0, block - int(shares.sum()))]:

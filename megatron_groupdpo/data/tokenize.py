@@ -16,7 +16,7 @@ import numpy as np
 from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.counts import Counts
 from megatron_groupdpo.data.tokenizer import Tokenizer
-from megatron_groupdpo.errors import ConfigError, DataError
+from megatron_groupdpo.errors import ConfigError, DataError, StopError
 from megatron_groupdpo.types import GroupRecord, Message, Text
 
 LengthPolicy = Literal["drop", "truncate-prompt", "truncate-response", "refuse"]
@@ -156,7 +156,7 @@ class GroupTokenizer:
             pieces = self._trained_spans(prompt, turns, record.where)
             if pieces is None:
                 if self._options.prefix_mismatch == "error":
-                    raise DataError(
+                    raise StopError(
                         f"{record.where}: the chat template renders response {index} so that the prompt is no "
                         "prefix of it; use another --chat-template, or --prefix-mismatch drop"
                     )
@@ -236,7 +236,7 @@ class GroupTokenizer:
         if num_prompt + longest <= limit:
             return group
         if policy == "refuse":
-            raise DataError(
+            raise StopError(
                 f"{where}: prompt and response must fit --seq-length {limit}, got {num_prompt} + {longest} tokens; "
                 "raise it, or choose --length-policy drop, truncate-prompt or truncate-response"
             )

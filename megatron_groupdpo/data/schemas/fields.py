@@ -122,7 +122,8 @@ def value_of_scores(scores: Any, options: SchemaOptions, name: str, where: str) 
                 f"--score-weights, for example --score-weights {next(iter(scores))}=1"
             )
         weights = {next(iter(scores)): 1.0}
-    return sum(weight * number(field(scores, key, where), f"{name}.{key}", where) for key, weight in weights.items())
+    total = sum(weight * number(field(scores, key, where), f"{name}.{key}", where) for key, weight in weights.items())
+    return number(total, f"the weighted sum of {name}", where)
 
 
 def same_length(first: Sequence[Any], second: Sequence[Any], names: str, where: str) -> None:

@@ -21,6 +21,7 @@ from megatron_groupdpo.data.files import read_records
 from megatron_groupdpo.data.partition import Partition
 from megatron_groupdpo.data.prepare import PreprocessOptions
 from megatron_groupdpo.data.preprocess import preprocess
+from megatron_groupdpo.data.schemas import SchemaOptions
 from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.data.tokenize import TokenizeOptions
 from megatron_groupdpo.data.tokenizer import TokenizerOptions
@@ -38,7 +39,9 @@ ARCHIVE = gzip.compress(LINES, mtime=0)
 def test_an_archive_cut_at_any_byte_is_refused(tmp_path, cut):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(ARCHIVE[:cut])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz: (the archive is cut short|the file holds no record)"):
+    with pytest.raises(
+        DataError, match=r"a\.jsonl\.gz: (the archive is cut short|the file holds no record|no gzip file)"
+    ):
         list(read_records(str(path)))
 
 
@@ -196,6 +199,46 @@ def test_mixed_forms_stop_or_are_counted(write_lines, build, tmp_path, names, on
     assert report.counts[why.BAD_RECORD] == len(names) - names.count(names[0])
     assert len(set(names[:16])) == 1
     assert on_bad_record == "drop" or len(set(names)) == 1
+
+
+GOOD = {"prompt": "p", "responses": [{"text": "a", "label": 1}, {"text": "b", "label": -1}]}
+CANNOT_BE_USED = {
+    "no object": "null",
+    "no label": {"prompt": "p", "responses": [{"text": "a", "score": 1}, {"text": "b", "score": 0}]},
+    "empty": {"prompt": "p", "responses": []},
+}
+
+
+@pytest.mark.parametrize("bad", CANNOT_BE_USED)
+def test_a_record_that_cannot_be_used_is_dropped_and_counted_where_asked(write_lines, build, bad):
+    path = write_lines([GOOD] * 17 + [CANNOT_BE_USED[bad]] + [GOOD])
+    with pytest.raises(DataError, match=":18: "):
+        build(path)
+    report = build(path, on_bad_record="drop")
+    assert (report.counts[why.GROUPS_KEPT], report.counts[why.BAD_RECORD]) == (18, 1)
+
+
+def test_what_the_user_asked_to_stop_at_stops_also_where_bad_records_are_dropped(write_lines, build):
+    one_sided = {"prompt": "p", "responses": [{"text": "a", "label": 1}, {"text": "b", "label": 1}]}
+    path = write_lines([GOOD] * 17 + [one_sided])
+    with pytest.raises(DataError, match=":18: a group needs positives and negatives"):
+        build(path, partition=Partition(one_sided="error"), on_bad_record="drop")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_an_integer_of_thousands_of_digits_is_refused(tmp_path, name):
+    text = '{"prompt": ' + "9" * 5000 + "}"
+    (tmp_path / name).write_text(text if name == "a.jsonl" else f"[{text}]")
+    with pytest.raises(DataError, match=r"a\.jsonl?:?.* integer string conversion"):
+        list(read_records(str(tmp_path / name)))
+
+
+def test_a_weighted_sum_beyond_32_bits_is_refused(write_lines, build):
+    scores = [{"text": "a", "scores": {"x": 1e38}}, {"text": "b", "scores": {"x": 0}}]
+    path = write_lines([{"instruction": "p", "input": "", "candidates": scores}])
+    options = SchemaOptions(score_weights={"x": 10.0})
+    with pytest.raises(DataError, match=r"the weighted sum of .* must be a finite number that fits 32 bits"):
+        build(path, partition=Partition(rule="rank"), schema_options=options)
 
 
 # Very long texts ---------------------------------------------------------------------------------------------

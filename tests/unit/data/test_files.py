@@ -120,7 +120,7 @@ def test_counts_where_they_are_cheap(tmp_path: Path):
         ("a.jsonl", b'{"a": "\xff"}\n', "a.jsonl:1: must be UTF-8"),
         ("a.jsonl", b"[" * 200_000, "a.jsonl:1: broken JSON"),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-20], "a.jsonl.gz: the archive is cut short"),
-        ("a.jsonl.gz", b"no archive", "a.jsonl.gz: the archive is cut short or damaged"),
+        ("a.jsonl.gz", b"no archive", "a.jsonl.gz: no gzip file, or a damaged one"),
         ("a.jsonl.zst", b"no archive", "a.jsonl.zst: the archive is cut short or damaged"),
         ("a.parquet", b"PAR1 no", "a.parquet: cannot be read as parquet"),
         ("a.arrow", b"no arrow", "a.arrow: cannot be read as arrow"),
@@ -152,3 +152,27 @@ def test_what_is_not_there_is_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match="unknown kind of file"):
         expand_inputs([str(tmp_path / "a.txt")])
+
+
+def test_hidden_files_and_metadata_of_a_folder_are_not_records(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / ".cache").mkdir()
+    for name in ("data/a.jsonl", "data/._a.jsonl", ".cache/b.jsonl", "dataset_infos.json"):
+        (tmp_path / name).write_text('{"a": 1}\n')
+    assert expand_inputs([str(tmp_path)]) == (str(tmp_path / "data/a.jsonl"),)
+
+
+def test_a_dataset_of_several_splits_asks_for_their_names(tmp_path):
+    import datasets
+
+    part = datasets.Dataset.from_list([{"a": 1}])
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(tmp_path / "d")
+    with pytest.raises(DataError, match=r"several splits .*d/test, .*d/train"):
+        expand_inputs([str(tmp_path / "d")])
+    assert [record for record, _ in read_records(str(tmp_path / "d" / "train"))] == [{"a": 1}]
+
+
+def test_a_file_given_twice_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl: given twice"):
+        expand_inputs([str(tmp_path), str(tmp_path / "a.jsonl")])

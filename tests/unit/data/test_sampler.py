@@ -114,3 +114,7 @@ def test_each_source_of_a_blend_goes_through_all_its_groups_before_any_again():
         assert sorted(group for group, at in first if at == epoch) == list(range(5))
     second = [group for group, at in taken if group >= 5 and at == 0]
     assert sorted(second) == list(range(5, 105))
+
+
+def test_huge_weights_do_not_overflow():
+    assert block_shares([1e308, 1e308], 10).tolist() == [5, 5]
