@@ -163,12 +163,12 @@ def measure(name: str, place: Place, options: PlanOptions, batches: Sequence[Gro
     imbalance, microbatches, seconds, share, build = [], [], [], [], []
     cost = attention_cost(model)
     for batch in batches:
-        started = time.perf_counter()
+        started = time.process_time()
         plan = place(batch, options)
-        seconds.append(time.perf_counter() - started)
-        started = time.perf_counter()
+        seconds.append(time.process_time() - started)
+        started = time.process_time()
         build_microbatches(plan, options, rank=0)
-        build.append(time.perf_counter() - started)
+        build.append(time.process_time() - started)
         loads = []
         for own, lengths in zip(plan.rows, plan.lengths):
             real += sum(len(row.tokens_S) for rows in own for row in rows)
@@ -208,8 +208,9 @@ def markdown(record: dict, batches: Sequence[GroupBatch]) -> str:
         f"{args['data_parallel_size']} data-parallel ranks; prompt and response {np.median(lengths):.0f} tokens "
         f"(median), {lengths.max()} (longest).",
         "FLOPs are those of a 1B Llama shape. Padding: share of processed tokens that are padding. Load: FLOPs of the",
-        "busiest rank over the mean, mean and worst batch. The last column is planning and tensor building (one core)",
-        "over the shortest time the step can take at an H200's peak of 989 TFLOP/s in bf16, scoring pass included.",
+        "busiest rank over the mean, mean and worst batch. The last column is planning and tensor building",
+        "(processor time) over the shortest time the step can take at an H200's peak of 989 TFLOP/s in bf16, scoring",
+        "pass included.",
         "",
         "| placement | padding | load max/mean | worst | microbatches a rank | plan | build | of the fastest step |",
         "|---|---|---|---|---|---|---|---|",

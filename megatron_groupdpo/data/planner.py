@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,11 +55,6 @@ class PlanOptions:
     def row_length(self, row: ResponseRow) -> int:
         """Padded length of a response in a packed row."""
         return _padded(len(row.tokens_S), self.row_multiple)
-
-    def cost(self, row: ResponseRow) -> float:
-        """Relative work of a response in a packed row."""
-        length = self.row_length(row)
-        return length * (1.0 + self.attention_cost * length)
 
 
 def row_multiple(context_parallel_size: int) -> int:
@@ -128,7 +123,8 @@ def plan_batch(batch: GroupBatch, options: PlanOptions) -> Plan:
     assert size is not None
     # Ties keep the batch's order, so that the plan is the same on every machine.
     ordered = sorted(batch.rows, key=lambda row: (-len(row.tokens_S), row.index))
-    return _deal([tuple(ordered[start : start + size]) for start in range(0, len(ordered), size)], options)
+    filled = [tuple(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+    return _deal([_unit(rows, options) for rows in filled], options)
 
 
 def plan_units(units: Sequence[Rows], options: PlanOptions) -> Plan:
@@ -136,8 +132,7 @@ def plan_units(units: Sequence[Rows], options: PlanOptions) -> Plan:
     budget = options.max_tokens_per_microbatch
     assert budget is not None
     budget -= budget % options.length_multiple
-    sized = [_Unit(rows, _length(rows, options), sum(map(options.cost, rows))) for rows in units]
-    sized.sort(key=lambda unit: (-unit.length, unit.rows[0].index))
+    sized = sorted((_unit(rows, options) for rows in units), key=lambda unit: (-unit.length, unit.rows[0].index))
     tight = _best_fit(sized, budget)
     # Every rank runs the same number of microbatches anyway: use them all.
     count = _padded(len(tight), options.data_parallel_size * options.microbatch_multiple)
@@ -145,16 +140,29 @@ def plan_units(units: Sequence[Rows], options: PlanOptions) -> Plan:
 
 
 class _Unit(NamedTuple):
+    """Responses that share a microbatch, or fill one."""
+
     rows: Rows
     length: int
+    """Of the row they share when packed, of the longest when padded."""
     cost: float
+
+
+def _unit(rows: Rows, options: PlanOptions) -> _Unit:
+    multiple, factor = options.row_multiple, options.attention_cost
+    lengths = [-(-len(row.tokens_S) // multiple) * multiple for row in rows]
+    if options.packed:
+        length = sum(lengths)
+        return _Unit(rows, length, length + factor * sum(own * own for own in lengths))
+    length = max(lengths)
+    return _Unit(rows, length, len(rows) * length * (1.0 + factor * length))
 
 
 def plan_whole_groups(batch: GroupBatch, options: PlanOptions) -> Plan:
     """One group, whole, in each microbatch, whatever its size: what a loss that is not decoupled needs."""
     rows = {row.index: row for row in batch.rows}
     groups = [tuple(rows[index] for index in own if index >= 0) for own in batch.flat_index_GK.tolist()]
-    return _deal([group for group in groups if group], options)
+    return _deal([_unit(group, options) for group in groups if group], options)
 
 
 def whole_group_tokens(batch: GroupBatch, options: PlanOptions) -> list[int]:
@@ -163,7 +171,7 @@ def whole_group_tokens(batch: GroupBatch, options: PlanOptions) -> list[int]:
     tokens = []
     for own in batch.flat_index_GK.tolist():
         group = tuple(rows[index] for index in own if index >= 0)
-        tokens.append(_length(group, options) * (1 if options.packed else len(group)) if group else 0)
+        tokens.append(_unit(group, options).length * (1 if options.packed else len(group)) if group else 0)
     return tokens
 
 
@@ -175,9 +183,9 @@ def microbatch_capacity(batch: GroupBatch, options: PlanOptions) -> int:
     return options.micro_batch_size * max((options.row_length(row) for row in batch.rows), default=0)
 
 
-def _best_fit(ordered: Sequence[_Unit], budget: int) -> list[Rows]:
+def _best_fit(ordered: Sequence[_Unit], budget: int) -> list[_Unit]:
     """Few bins: the longest first, each to the fullest bin that has room."""
-    bins: list[list[ResponseRow]] = []
+    bins: list[list[_Unit]] = []
     room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
     for unit in ordered:
         assert unit.length <= budget, "a response longer than the token budget is refused before"
@@ -187,14 +195,14 @@ def _best_fit(ordered: Sequence[_Unit], budget: int) -> list[Rows]:
             bins.append([])
         else:
             left, index = room.pop(place)
-        bins[index].extend(unit.rows)
+        bins[index].append(unit)
         bisect.insort(room, (left - unit.length, index))
-    return [tuple(rows) for rows in bins]
+    return [_joined(units) for units in bins]
 
 
-def _spread(ordered: Sequence[_Unit], count: int, budget: int) -> list[Rows] | None:
+def _spread(ordered: Sequence[_Unit], count: int, budget: int) -> list[_Unit] | None:
     """The longest first, each to the bin with the least work that has room; none where that leaves one without."""
-    bins: list[list[ResponseRow]] = [[] for _ in range(count)]
+    bins: list[list[_Unit]] = [[] for _ in range(count)]
     room = [budget] * count
     work = [(0.0, i) for i in range(count)]
     for unit in ordered:
@@ -203,47 +211,46 @@ def _spread(ordered: Sequence[_Unit], count: int, budget: int) -> list[Rows] | N
             skipped.append(heapq.heappop(work))
         if not work:
             return None
-        load, index = heapq.heappop(work)
-        bins[index].extend(unit.rows)
+        load, index = work[0]
+        heapq.heapreplace(work, (load + unit.cost, index))
+        bins[index].append(unit)
         room[index] -= unit.length
-        for entry in (*skipped, (load + unit.cost, index)):
+        for entry in skipped:
             heapq.heappush(work, entry)
-    return [tuple(rows) for rows in bins if rows]
+    return [_joined(units) for units in bins if units]
 
 
-def _deal(filled: Sequence[Rows], options: PlanOptions) -> Plan:
+def _joined(units: Sequence[_Unit]) -> _Unit:
+    return _Unit(
+        tuple(row for unit in units for row in unit.rows),
+        sum(unit.length for unit in units),
+        sum(unit.cost for unit in units),
+    )
+
+
+def _deal(filled: Sequence[_Unit], options: PlanOptions) -> Plan:
     """Microbatches to ranks: the costliest first, each to the rank with the least work that has a place left."""
     ranks = options.data_parallel_size
     count = _padded(max(1, math.ceil(len(filled) / ranks)), options.microbatch_multiple)
-    costs = {rows[0].index: cost for rows, cost in zip(filled, map(_microbatch_cost(options), filled))}
-    per_rank: list[list[Rows]] = [[] for _ in range(ranks)]
+    per_rank: list[list[_Unit]] = [[] for _ in range(ranks)]
     load = [(0.0, rank) for rank in range(ranks)]
-    for rows in sorted(filled, key=lambda rows: (-costs[rows[0].index], rows[0].index)):
+    for unit in sorted(filled, key=lambda unit: (-unit.cost, unit.rows[0].index)):
         work, rank = heapq.heappop(load)
-        per_rank[rank].append(rows)
+        per_rank[rank].append(unit)
         if len(per_rank[rank]) < count:
-            heapq.heappush(load, (work + costs[rows[0].index], rank))
+            heapq.heappush(load, (work + unit.cost, rank))
+    longest = max((unit.length for unit in filled), default=0)
+    empty = _Unit((), 1, 0.0)  # nothing to compute: as short as can be
     for own in per_rank:
-        own.extend([()] * (count - len(own)))
-    longest = max((_length(rows, options) for rows in filled), default=0)
+        own.extend([empty] * (count - len(own)))
 
-    def padded_length(rows: Rows) -> int:
-        own = longest if options.same_length or not rows else _length(rows, options)
-        return _padded(max(1, own), options.length_multiple)
+    def padded_length(unit: _Unit) -> int:
+        return _padded(max(1, longest if options.same_length else unit.length), options.length_multiple)
 
-    lengths = tuple(tuple(padded_length(rows) for rows in own) for own in per_rank)
-    return Plan(rows=tuple(tuple(own) for own in per_rank), lengths=lengths)
-
-
-def _microbatch_cost(options: PlanOptions) -> Callable[[Rows], float]:
-    if options.packed:
-        return lambda rows: sum(options.cost(row) for row in rows)
-    return lambda rows: len(rows) * max(options.cost(row) for row in rows)
-
-
-def _length(rows: Rows, options: PlanOptions) -> int:
-    lengths = [options.row_length(row) for row in rows]
-    return sum(lengths) if options.packed else max(lengths)
+    return Plan(
+        rows=tuple(tuple(unit.rows for unit in own) for own in per_rank),
+        lengths=tuple(tuple(padded_length(unit) for unit in own) for own in per_rank),
+    )
 
 
 def _padded(length: int, multiple: int) -> int:

@@ -6,10 +6,6 @@ This is what worker processes run, so it stays clear of the store and of Megatro
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
@@ -22,6 +18,7 @@ from megatron_groupdpo.data.partition import Partition, cap_sides, distinct_resp
 from megatron_groupdpo.data.schemas import Schema, SchemaOptions, schema_named
 from megatron_groupdpo.data.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
 from megatron_groupdpo.data.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.workers import follow_parent
 from megatron_groupdpo.errors import ConfigError, DataError, StopError
 from megatron_groupdpo.types import POSITIVE, GroupRecord
 
@@ -183,8 +180,7 @@ _worker_preparer: GroupPreparer | None = None
 def start_worker(options: PreprocessOptions) -> None:
     """Load the tokenizer once per worker process, and end with the parent, however that ends."""
     global _worker_preparer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too and ends the workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    follow_parent()
     _worker_preparer = GroupPreparer(options)
 
 
@@ -192,10 +188,3 @@ def work(chunk: Chunk) -> Prepared:
     """:func:`prepare_chunk` in a worker process."""
     assert _worker_preparer is not None
     return prepare_chunk(_worker_preparer, chunk)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

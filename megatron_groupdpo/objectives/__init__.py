@@ -220,6 +220,8 @@ def _prepare(
     """Checked groups, on the device of the scores if there are any, and the objective's settings."""
     settings = hyperparameters_for(description.name, hyperparameters)
     if scores_GK is not None:
+        if not isinstance(scores_GK, Tensor):
+            raise UserError(f"scores_GK must be a torch.Tensor, not {type(scores_GK).__name__}; use torch.as_tensor.")
         if scores_GK.shape != labels_GK.shape:
             raise UserError(
                 f"scores_GK must have the shape of labels_GK, {tuple(labels_GK.shape)}; "

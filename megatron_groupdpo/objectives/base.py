@@ -73,8 +73,15 @@ def make_groups(
     Raises:
         UserError: a shape differs from that of ``labels_GK``, a label is not +1, -1 or 0, a value infinite.
     """
-    if labels_GK.dim() != 2:
-        raise UserError(f"labels_GK must be [groups, responses]; its shape is {tuple(labels_GK.shape)}.")
+    for name, tensor in (("labels_GK", labels_GK), ("values_GK", values_GK)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise UserError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}; use torch.as_tensor.")
+    if labels_GK.dim() != 2 or labels_GK.shape[1] == 0:
+        raise UserError(
+            f"labels_GK must be [groups, responses], at least one response; its shape is {tuple(labels_GK.shape)}."
+        )
+    if labels_GK.dtype == torch.bool:  # False would be padding
+        raise UserError("labels_GK must hold +1, -1 or 0, not booleans; use torch.where(positive_GK, 1, -1).")
     device = device or labels_GK.device
     for name, tensor, shape in (
         ("values_GK", values_GK, labels_GK.shape),

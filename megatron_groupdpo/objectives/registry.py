@@ -55,9 +55,9 @@ def get_objective(name: str) -> Objective:
     Raises:
         ConfigError: there is none; the message names the nearest, and all of them.
     """
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise ConfigError(
-            f"unknown objective {name!r}{_did_you_mean(name, OBJECTIVES) or '.'} "
+            f"unknown objective {name!r}{_did_you_mean(str(name), OBJECTIVES) or '.'} "
             f"The objectives are: {', '.join(OBJECTIVES)}."
         )
     return OBJECTIVES[name]
@@ -88,6 +88,10 @@ def hyperparameters_for(name: str, given: Mapping[str, Any]) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in given:
             raise ConfigError(f"objective {name!r} needs option {field.name!r}, which has no default; give it.")
+    for field in dataclasses.fields(objective.hyperparameters):
+        value = given.get(field.name, 0.0)
+        if "float" in str(field.type) and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ConfigError(f"option {field.name!r} of objective {name!r} must be a number; it is {value!r}.")
     return objective.hyperparameters(**given)
 
 

@@ -39,7 +39,7 @@ from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.mcore.swapped import SwappedReference, load_swapped_reference
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.run.batches import BatchSource
-from megatron_groupdpo.run.checks import check_outputs, check_source
+from megatron_groupdpo.run.checks import check_groups, check_outputs, check_source
 from megatron_groupdpo.run.flops import attention_cost
 from megatron_groupdpo.run.probe import probe_reference
 from megatron_groupdpo.step.coefficients import LossOptions
@@ -81,6 +81,8 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
     source, resumes = _checkpoint_to_load(config)
     check_outputs(config, source if resumes else None)
     train_data, valid_data = _open_data(config)
+    if not (config.objective.one_sided_nll and config.objective.nll_coeff):
+        check_groups(train_data, config.objective.objective)
     tokenizer = _tokenizer(config, train_data)
     order = _data_order(config, train_data)
     if source is not None:

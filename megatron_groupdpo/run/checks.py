@@ -1,16 +1,48 @@
-"""What is refused before a model is built: outputs of another run, checkpoints that do not go with the data."""
+"""What is refused before a model is built: outputs of another run, data or a checkpoint that do not fit the run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
+from megatron_groupdpo import objectives
 from megatron_groupdpo.config import TrainConfig
-from megatron_groupdpo.errors import CheckpointError, ConfigError
+from megatron_groupdpo.data.dataset import GroupDataset
+from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
 from megatron_groupdpo.mcore.checkpoint import latest_iteration, read_common
 from megatron_groupdpo.run.logs import METRICS_FILE
+
+
+def check_groups(dataset: GroupDataset, objective: str) -> None:
+    """Refuse data of which no group has a preference term: the run would train on nothing.
+
+    Raises:
+        DataError: so it is; the message says what the objective needs.
+    """
+    description = objectives.get_objective(objective)
+    active = 0
+    for store in dataset.stores:
+        first_G = np.asarray(store.first_response_G1[:-1])
+        positive_G = np.maximum.reduceat(store.labels_R, first_G) > 0
+        negative_G = np.minimum.reduceat(store.labels_R, first_G) < 0
+        sides_G = positive_G if objective == "sft" else positive_G & negative_G
+        if description.needs_values:
+            high_G, low_G = np.fmax.reduceat(store.values_R, first_G), np.fmin.reduceat(store.values_R, first_G)
+            sides_G = sides_G & ~np.isnan(high_G) if objective == "weighted_mpo" else high_G > low_G
+        active += int(sides_G.sum())
+    if active == 0:
+        needs = {
+            "sft": "a positive",
+            "weighted_mpo": "a positive, a negative and values",
+        }.get(objective, "two distinct values" if description.needs_values else "a positive and a negative")
+        raise DataError(
+            f"{', '.join(str(store.path) for store in dataset.stores)}: objective {objective!r} needs groups with "
+            f"{needs}, and none of {len(dataset)} groups is one; choose another objective, or preprocess with another "
+            "--partition"
+        )
 
 
 def check_outputs(config: TrainConfig, resumed: Path | None) -> None:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import signal
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 
+from megatron_groupdpo.data.workers import follow_parent
 from megatron_groupdpo.errors import UserError
 from megatron_groupdpo.run.batches import BatchSource, PlannedBatch
 
@@ -56,8 +56,8 @@ class Prefetcher:
             planned: PlannedBatch = pickle.loads(self._pending.popleft()[1].result())
         except BrokenProcessPool as error:
             raise UserError(
-                "a process that prepares batches died, most likely for want of memory; lower --num-workers (0: no such "
-                "processes)"
+                "a process that prepares batches died or could not start (what it printed is above), often for want of "
+                "memory; lower --num-workers (0: no such processes)"
             ) from error
         return self._source.with_reference(planned)
 
@@ -84,7 +84,8 @@ class Prefetcher:
     ) -> None:
         if self._pool is not None:
             self._drop()
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            # After an error nothing is waited for; the workers see this process end.
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
 
 _worker_source: BatchSource | None = None
@@ -92,8 +93,7 @@ _worker_source: BatchSource | None = None
 
 def _start(source: bytes) -> None:
     global _worker_source
-    # Ctrl-C reaches the whole process group; the training process decides what to do about it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    follow_parent()
     _worker_source = pickle.loads(source)
 
 

@@ -112,3 +112,19 @@ def test_every_objective_says_its_equation_and_source():
         assert objective.name == name
         assert objective.equation
         assert objective.source
+
+
+def test_arguments_of_another_kind_are_refused():
+    with refused(UserError, "labels_GK must hold +1, -1 or 0, not booleans", "torch.where"):
+        group_loss("mpo", SCORES, LABELS > 0)
+    with refused(UserError, "labels_GK must be a torch.Tensor, not list"):
+        group_loss("mpo", SCORES, [[1, -1]])  # type: ignore[arg-type]
+    with refused(UserError, "scores_GK must be a torch.Tensor, not list"):
+        group_loss("mpo", [[0.0, 0.0]], LABELS)  # type: ignore[arg-type]
+    with refused(UserError, "at least one response", "(2, 0)"):
+        group_loss("nca", torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.int8), torch.zeros(2, 0))
+    for given in ("0.1", None, True):
+        with refused(ConfigError, "option 'label_smoothing'", "must be a number"):
+            group_loss("dpo", SCORES, LABELS, label_smoothing=given)
+    with refused(ConfigError, "unknown objective None"):
+        group_loss(None, SCORES, LABELS)  # type: ignore[arg-type]

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +42,10 @@ def samples() -> list[GroupSample]:
 
 @pytest.fixture
 def source() -> BatchSource:
+    return make_source()
+
+
+def make_source() -> BatchSource:
     loss = LossOptions(
         objective="all_pairs", beta=0.1, score_average=False, nll_coeff=1.0, nll_average="sum", one_sided_nll=False
     )
@@ -78,7 +85,7 @@ def test_a_worker_that_dies_ends_the_run_with_its_reason(source: BatchSource):
         assert batches._pool is not None
         for process in list(batches._pool._processes.values()):
             os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(UserError, match=r"prepares batches died.* lower --num-workers"):
+        with pytest.raises(UserError, match=r"prepares batches died .* lower --num-workers"):
             take_many(batches)
 
 
@@ -87,3 +94,25 @@ def take_many(batches: Prefetcher) -> None:
     for place in range(2, 100, 2):
         batches.batch(place)
         time.sleep(0.02)
+
+
+LEAVES = """
+import os, sys
+sys.path.insert(0, {folder!r})
+from test_prefetch import make_source
+from megatron_groupdpo.run.prefetch import Prefetcher
+
+if __name__ == "__main__":
+    batches = Prefetcher(make_source(), num_workers=2, num_groups=2, end=1000)
+    batches.batch(0)
+    print("one", flush=True)
+    os._exit(1)
+"""
+
+
+def test_workers_end_with_a_run_that_ends_in_any_way(tmp_path: Path):
+    """They would hold its output open, and whoever reads that would wait for ever."""
+    script = tmp_path / "leaves.py"
+    script.write_text(LEAVES.format(folder=str(Path(__file__).parent)))
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout) == (1, "one\n")
