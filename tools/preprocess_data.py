@@ -202,7 +202,9 @@ def _run(args: argparse.Namespace) -> int:
             one_sided=args.one_sided,
         ),
         schema=args.schema,
-        schema_options=SchemaOptions(score_weights=weights_from(args.score_weights)),
+        schema_options=SchemaOptions(
+            score_weights=weights_from(args.score_weights), apply_chat_template=args.apply_chat_template
+        ),
         on_bad_record=args.on_bad_record,
     )
     sizes = [count_records(source) for source in expand_inputs(args.input)]

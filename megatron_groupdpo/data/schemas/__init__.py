@@ -22,6 +22,7 @@ from megatron_groupdpo.data.schemas import (
     verified,
 )
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.data.schemas.system import with_system_turn
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupRecord
 
@@ -35,28 +36,32 @@ class Schema:
     name: str
     matches: Callable[[Record], bool]
     """Whether the record has this form; looks at keys and container types only."""
-    parse: Callable[[Record, str, SchemaOptions], GroupRecord]
-    """``parse(record, where, options)``; raises DataError naming ``where``."""
+    read: Callable[[Record, str, SchemaOptions], GroupRecord]
+    """``read(record, where, options)``: the group of the form's own fields; raises DataError naming ``where``."""
     single_answers: bool = False
     """Groups of one positive response, for the ``sft`` objective: used only where named."""
     yields: bool = False
     """Gives way when another schema fits too: group data often repeats its best and worst as a pair."""
 
+    def parse(self, record: Record, where: str, options: SchemaOptions) -> GroupRecord:
+        """The record's group, with the fields that every form may have; raises DataError naming ``where``."""
+        return with_system_turn(self.read(record, where, options), record, options)
+
 
 SCHEMAS: tuple[Schema, ...] = (
-    Schema(name="canonical", matches=canonical.matches, parse=canonical.parse),
-    Schema(name="pairs", matches=pairs.matches, parse=pairs.parse, yields=True),
-    Schema(name="ultrafeedback", matches=ultrafeedback.matches, parse=ultrafeedback.parse),
-    Schema(name="on_policy", matches=on_policy.matches, parse=on_policy.parse),
-    Schema(name="reward", matches=reward.matches, parse=reward.parse),
-    Schema(name="nectar", matches=nectar.matches, parse=nectar.parse),
-    Schema(name="mix_instruct", matches=mix_instruct.matches, parse=mix_instruct.parse),
-    Schema(name="distilabel", matches=distilabel.matches, parse=distilabel.parse),
-    Schema(name="nemo_rl", matches=nemo_rl.matches, parse=nemo_rl.parse),
-    Schema(name="helpsteer3", matches=helpsteer3.matches, parse=helpsteer3.parse),
-    Schema(name="ms_swift", matches=ms_swift.matches, parse=ms_swift.parse),
-    Schema(name="verified", matches=verified.matches, parse=verified.parse),
-    Schema(name="sft", matches=sft.matches, parse=sft.parse, single_answers=True),
+    Schema(name="canonical", matches=canonical.matches, read=canonical.parse),
+    Schema(name="pairs", matches=pairs.matches, read=pairs.parse, yields=True),
+    Schema(name="ultrafeedback", matches=ultrafeedback.matches, read=ultrafeedback.parse),
+    Schema(name="on_policy", matches=on_policy.matches, read=on_policy.parse),
+    Schema(name="reward", matches=reward.matches, read=reward.parse),
+    Schema(name="nectar", matches=nectar.matches, read=nectar.parse),
+    Schema(name="mix_instruct", matches=mix_instruct.matches, read=mix_instruct.parse),
+    Schema(name="distilabel", matches=distilabel.matches, read=distilabel.parse),
+    Schema(name="nemo_rl", matches=nemo_rl.matches, read=nemo_rl.parse),
+    Schema(name="helpsteer3", matches=helpsteer3.matches, read=helpsteer3.parse),
+    Schema(name="ms_swift", matches=ms_swift.matches, read=ms_swift.parse),
+    Schema(name="verified", matches=verified.matches, read=verified.parse),
+    Schema(name="sft", matches=sft.matches, read=sft.parse, single_answers=True),
 )
 
 

@@ -1,4 +1,4 @@
-"""Distilabel and Argilla: ``{"instruction", "generations": [...], "ratings": [...]}``, two parallel lists."""
+"""Distilabel and Argilla: ``{"instruction", "input"?, "generations": [...], "ratings": [...]}``, two parallel lists."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError on a missing field, lists of different lengths, or a rating that is no number."""
-    prompt = fields.text(fields.field(record, "instruction", where), "instruction", where)
+    prompt = fields.instruction(record, "instruction", where)
     texts = fields.items(fields.field(record, "generations", where), "generations", where)
     ratings = fields.items(fields.field(record, "ratings", where), "ratings", where)
     fields.same_length(texts, ratings, "generations and ratings", where)

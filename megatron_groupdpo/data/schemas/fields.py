@@ -24,6 +24,9 @@ class SchemaOptions:
     score_weights: Mapping[str, float] | None = None
     """Name of a score -> its weight, for records that give several scores per response. Their weighted sum is
     the value. ``None``: the record must give exactly one."""
+    apply_chat_template: bool | None = None
+    """Whether plain text will go through the chat template; ``False`` refuses a system field beside plain text.
+    ``None``: not known here."""
 
 
 def weights_from(given: Sequence[str] | None) -> dict[str, float] | None:
@@ -94,10 +97,15 @@ def items(value: Any, name: str, where: str) -> Sequence[Any]:
 
 
 def messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
-    """A non-empty list of ``{"role", "content"}`` objects."""
+    """A non-empty list of ``{"role", "content"}`` objects; a turn that calls tools is refused."""
     turns = []
     for index, turn in enumerate(items(value, name, where)):
         role = string(field(turn, "role", where), f"{name}[{index}].role", where)
+        if turn.get("tool_calls"):
+            raise DataError(
+                f"{where}: {name}[{index}] has tool_calls ({show(turn['tool_calls'])}), but only the text of turns is "
+                "trained on; write the calls into content, or drop the record"
+            )
         content = string(field(turn, "content", where), f"{name}[{index}].content", where)
         turns.append(Message(role=role, content=content))
     if not turns:
@@ -108,6 +116,17 @@ def messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
 def text(value: Any, name: str, where: str) -> Text:
     """Plain text, or chat messages."""
     return messages(value, name, where) if isinstance(value, list | tuple) else string(value, name, where)
+
+
+def instruction(record: Record, key: str, where: str) -> Text:
+    """The text or messages under ``key``; to a text, a non-empty ``input`` is appended on a line of its own."""
+    asked = text(field(record, key, where), key, where)
+    if record.get("input") in (None, ""):
+        return asked
+    context = string(record["input"], "input", where)
+    if not isinstance(asked, str):
+        raise DataError(f"{where}: input ({show(context)}) cannot be appended to messages; write it into {key}")
+    return "\n".join(part for part in (asked, context) if part)
 
 
 def value_of_scores(scores: Any, options: SchemaOptions, name: str, where: str) -> float:

@@ -17,9 +17,7 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError on a missing or ill-typed field, or several scores without weights."""
-    instruction = fields.string(fields.field(record, "instruction", where), "instruction", where)
-    context = fields.string(record.get("input") or "", "input", where)
-    prompt = "\n".join(part for part in (instruction, context) if part)
+    prompt = fields.instruction(record, "instruction", where)
     responses = []
     for i, entry in enumerate(fields.items(fields.field(record, "candidates", where), "candidates", where)):
         name = f"candidates[{i}]"

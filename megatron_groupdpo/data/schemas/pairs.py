@@ -1,6 +1,12 @@
 """``{"prompt"?, "chosen", "rejected", "score_chosen"?, "score_rejected"?}``: text or messages.
 
-Without a prompt, or with messages that repeat it, the prompt is what the two sides share at their start.
+Messages that repeat the prompt are cut after it. Without the field ``prompt``, the prompt is
+
+1. the turns that two conversations share at their start;
+2. else ``question`` or ``instruction``, with ``input`` appended;
+3. else what two texts share up to their last common ``Assistant:`` at the start of a line, as in HH-RLHF.
+
+Other texts are refused: answers to one question often begin alike, and that beginning is no prompt.
 """
 
 from __future__ import annotations
@@ -20,9 +26,9 @@ def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError where a side is missing, the sides are of different kinds, or share no prompt."""
     chosen = fields.text(fields.field(record, "chosen", where), "chosen", where)
     rejected = fields.text(fields.field(record, "rejected", where), "rejected", where)
-    prompt = None
-    if record.get("prompt") is not None:
-        prompt = fields.text(record["prompt"], "prompt", where)
+    prompt = _prompt(record, where)
+    if prompt is None and not _share_turns(chosen, rejected):
+        prompt = _question(record, where)
     prompt, chosen, rejected = split_pair(prompt, chosen, rejected, where)
     values = [
         fields.number(record[key], key, where) if record.get(key) is not None else None
@@ -33,6 +39,26 @@ def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
         ResponseRecord(text=rejected, value=values[1], label=NEGATIVE),
     ]
     return fields.group(prompt, responses, where)
+
+
+def _prompt(record: Record, where: str) -> Text | None:
+    """The field ``prompt``, None where there is no such field."""
+    if "prompt" not in record:
+        return None
+    if record["prompt"] in (None, ""):
+        raise DataError(
+            f"{where}: prompt is {fields.show(record['prompt'])}; fill it in, or remove the field where chosen and "
+            "rejected are whole conversations"
+        )
+    return fields.text(record["prompt"], "prompt", where)
+
+
+def _question(record: Record, where: str) -> Text | None:
+    """``question`` or ``instruction`` with its ``input``; None where there is neither."""
+    keys = [key for key in ("question", "instruction") if record.get(key) not in (None, "")]
+    if len({fields.show(record[key], 10**9) for key in keys}) > 1:
+        raise DataError(f"{where}: without a prompt field, question and instruction differ; add the field 'prompt'")
+    return fields.instruction(record, keys[0], where) if keys else None
 
 
 def split_pair(prompt: Text | None, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
@@ -58,8 +84,9 @@ def split_pair(prompt: Text | None, chosen: Text, rejected: Text, where: str) ->
 
 def _no_prompt(where: str) -> DataError:
     return DataError(
-        f"{where}: without a prompt field, chosen and rejected must start with the same prompt, "
-        "but they share nothing; add the field 'prompt'"
+        f"{where}: the prompt is missing: there is no field prompt, question or instruction, and chosen and rejected "
+        "do not share a conversation at their start (equal turns, or a text up to 'Assistant:' at the start of a "
+        "line); add the field 'prompt'"
     )
 
 
@@ -75,6 +102,10 @@ def _shared_messages(first: tuple[Message, ...], second: tuple[Message, ...]) ->
     return count
 
 
+def _share_turns(chosen: Text, rejected: Text) -> bool:
+    return isinstance(chosen, tuple) and isinstance(rejected, tuple) and _shared_messages(chosen, rejected) > 0
+
+
 def _repeats(prompt: Text, shared: tuple[Message, ...]) -> bool:
     """Whether the shared messages are the explicit prompt once more (UltraFeedback-binarized does this)."""
     if isinstance(prompt, str):
@@ -83,10 +114,9 @@ def _repeats(prompt: Text, shared: tuple[Message, ...]) -> bool:
 
 
 def _shared_text(first: str, second: str) -> int:
-    """Length of the shared text up to the last ``Assistant:`` in it, or else to its last line or word end."""
+    """Length of the shared text up to the last ``Assistant:`` that begins a line after other text; 0: none."""
     limit = min(len(first), len(second))
     count = next((i for i in range(limit) if first[i] != second[i]), limit)
-    marker = first.rfind("Assistant:", 0, count)
-    if marker >= 0:
-        return marker + len("Assistant:")
-    return max(first.rfind("\n", 0, count), first.rfind(" ", 0, count)) + 1
+    marker = "\nAssistant:"
+    start = first.rfind(marker, 0, count)
+    return start + len(marker) if start >= 0 and first[:start].strip() else 0

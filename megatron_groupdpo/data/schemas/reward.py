@@ -6,9 +6,11 @@ import re
 
 from megatron_groupdpo.data.schemas import fields
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupRecord, ResponseRecord
 
-_ANSWER = re.compile(r"A(\d+)")
+_ANSWER = re.compile(r"A(0|[1-9][0-9]*)")
+_NUMBERED = re.compile(r"A\d+")
 
 
 def matches(record: Record) -> bool:
@@ -17,8 +19,11 @@ def matches(record: Record) -> bool:
 
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
-    """Raises DataError where an answer has no score or a field is ill-typed."""
+    """Raises DataError where an answer has no score, its number is zero-padded, or a field is ill-typed."""
     prompt = fields.text(fields.field(record, "prompt", where), "prompt", where)
+    for key in record:
+        if record[key] is not None and _NUMBERED.fullmatch(key) and not _ANSWER.fullmatch(key):
+            raise DataError(f"{where}: answers are named A0, A1, A2, ..., got {key!r}; rename it and its score")
     numbers = sorted(int(m[1]) for key in record if (m := _ANSWER.fullmatch(key)) and record[key] is not None)
     responses = [
         ResponseRecord(

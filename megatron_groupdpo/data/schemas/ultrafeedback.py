@@ -1,4 +1,4 @@
-"""UltraFeedback: ``{"instruction", "completions": [{"response", "overall_score"}]}``."""
+"""UltraFeedback: ``{"instruction", "input"?, "completions": [{"response", "overall_score"}]}``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError on a missing or ill-typed field."""
-    prompt = fields.string(fields.field(record, "instruction", where), "instruction", where)
+    prompt = fields.instruction(record, "instruction", where)
     responses = []
     for i, entry in enumerate(fields.items(fields.field(record, "completions", where), "completions", where)):
         text = fields.text(fields.field(entry, "response", where), f"completions[{i}].response", where)
