@@ -219,9 +219,10 @@ def _prepare(
 ) -> tuple[Groups, Any]:
     """Checked groups, on the device of the scores if there are any, and the objective's settings."""
     settings = hyperparameters_for(description.name, hyperparameters)
+    for argument, tensor in (("labels_GK", labels_GK), ("values_GK", values_GK), ("scores_GK", scores_GK)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise UserError(f"{argument} must be a torch.Tensor, not {type(tensor).__name__}; use torch.as_tensor.")
     if scores_GK is not None:
-        if not isinstance(scores_GK, Tensor):
-            raise UserError(f"scores_GK must be a torch.Tensor, not {type(scores_GK).__name__}; use torch.as_tensor.")
         if scores_GK.shape != labels_GK.shape:
             raise UserError(
                 f"scores_GK must have the shape of labels_GK, {tuple(labels_GK.shape)}; "

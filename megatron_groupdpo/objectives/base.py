@@ -73,9 +73,6 @@ def make_groups(
     Raises:
         UserError: a shape differs from that of ``labels_GK``, a label is not +1, -1 or 0, a value infinite.
     """
-    for name, tensor in (("labels_GK", labels_GK), ("values_GK", values_GK)):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise UserError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}; use torch.as_tensor.")
     if labels_GK.dim() != 2 or labels_GK.shape[1] == 0:
         raise UserError(
             f"labels_GK must be [groups, responses], at least one response; its shape is {tuple(labels_GK.shape)}."
