@@ -13,7 +13,7 @@ from megatron_groupdpo.config import ParallelConfig
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # and no longer: other folders' tests start a process group of their own
 def ranks() -> Iterator[Ranks]:
     yield initialize(ParallelConfig(device="cpu"), seed=1)
     shut_down()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -198,8 +199,9 @@ def test_a_named_dataset_that_changed_since_is_refused(build, tmp_path):
 def test_a_worker_that_dies_is_told_of_and_its_work_is_done_again(inputs, build, tmp_path):
     def kill_a_worker(done: int) -> None:
         for child in psutil.Process().children():
-            if "spawn_main" in " ".join(child.cmdline()):
-                child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # a worker killed at an earlier call
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
 
     with pytest.raises(UserError, match="a worker process died"):
         build(inputs, workers=2, listeners=Listeners(on_progress=kill_a_worker), commit_seconds=0.0)
