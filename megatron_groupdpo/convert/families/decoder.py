@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import HfConfig, Rule, require, require_model, rule
+from megatron_groupdpo.convert.families.base import Family, HfConfig, Rule, require, require_model, rule
 from megatron_groupdpo.convert.families.rope import FULL, ROPE, SLIDING, rope_config, rope_fields
 from megatron_groupdpo.convert.transforms import GATE_UP, QKV
 from megatron_groupdpo.errors import ConfigError
@@ -51,6 +51,12 @@ POST_NORMS: Mapping[str, Rule] = {
 ROTARY_BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 """Buffers in files of old versions."""
 TIED_HEAD = {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def decoder_family(*, rules: Mapping[str, Rule] = RULES, **own: Any) -> Family:
+    """A :class:`Family` whose files are laid out as Llama's; ``own`` are its other fields."""
+    return Family(rules=rules, prefix="model.", ignorable=ROTARY_BUFFERS, tied_copies=TIED_HEAD, **own)
+
 
 WINDOW = ("window_size", "window_attn_skip_freq")
 """Fields of ModelConfig that :func:`window_config` writes."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import Family, HfConfig
-from megatron_groupdpo.convert.families.decoder import ROTARY_BUFFERS, RULES, TIED_HEAD, decoder_config, decoder_fields
+from megatron_groupdpo.convert.families.base import HfConfig
+from megatron_groupdpo.convert.families.decoder import decoder_config, decoder_family, decoder_fields
 from megatron_groupdpo.errors import ConfigError
 
 
@@ -28,14 +28,10 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     return config | {"attention_bias": model.add_bias_linear, "mlp_bias": model.add_bias_linear}
 
 
-LLAMA = Family(
+LLAMA = decoder_family(
     name="llama",
     architecture="LlamaForCausalLM",
     model_type="llama",
-    rules=RULES,
     to_model=_to_model,
     to_hf=_to_hf,
-    prefix="model.",
-    ignorable=ROTARY_BUFFERS,
-    tied_copies=TIED_HEAD,
 )

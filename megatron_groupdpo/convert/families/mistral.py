@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import Family, HfConfig
+from megatron_groupdpo.convert.families.base import HfConfig
 from megatron_groupdpo.convert.families.decoder import (
-    ROTARY_BUFFERS,
-    RULES,
-    TIED_HEAD,
     decoder_config,
+    decoder_family,
     decoder_fields,
     window_config,
     window_fields,
@@ -29,15 +27,11 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     return config | {"sliding_window": window_config(model)["sliding_window"]}
 
 
-MISTRAL = Family(
+MISTRAL = decoder_family(
     name="mistral",
     architecture="MistralForCausalLM",
     model_type="mistral",
-    rules=RULES,
     to_model=_to_model,
     to_hf=_to_hf,
-    prefix="model.",
-    ignorable=ROTARY_BUFFERS,
-    tied_copies=TIED_HEAD,
     reads=("sliding_window",),
 )

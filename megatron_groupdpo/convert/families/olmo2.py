@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import Family, HfConfig, require
+from megatron_groupdpo.convert.families.base import HfConfig, require
 from megatron_groupdpo.convert.families.decoder import (
     POST_NORMS,
     QK_NORMS,
-    ROTARY_BUFFERS,
     RULES,
-    TIED_HEAD,
     decoder_config,
+    decoder_family,
     decoder_fields,
 )
 
@@ -28,14 +27,11 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     return decoder_config(model, "olmo2", **NORMS) | {"attention_bias": False}
 
 
-OLMO2 = Family(
+OLMO2 = decoder_family(
     name="olmo2",
     architecture="Olmo2ForCausalLM",
     model_type="olmo2",
     rules={**RULES, **QK_NORMS, **POST_NORMS},
     to_model=_to_model,
     to_hf=_to_hf,
-    prefix="model.",
-    ignorable=ROTARY_BUFFERS,
-    tied_copies=TIED_HEAD,
 )

@@ -5,15 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import Family, HfConfig, require
+from megatron_groupdpo.convert.families.base import HfConfig, require
 from megatron_groupdpo.convert.families.decoder import (
     POST_NORMS,
     QK_NORMS,
-    ROTARY_BUFFERS,
     RULES,
-    TIED_HEAD,
     WINDOW,
     decoder_config,
+    decoder_family,
     decoder_fields,
     window_config,
     window_fields,
@@ -32,15 +31,12 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     return config | window_config(model) | two_rope_config(model) | {"attention_bias": False}
 
 
-OLMO3 = Family(
+OLMO3 = decoder_family(
     name="olmo3",
     architecture="Olmo3ForCausalLM",
     model_type="olmo3",
     rules={**RULES, **QK_NORMS, **POST_NORMS},
     to_model=_to_model,
     to_hf=_to_hf,
-    prefix="model.",
-    ignorable=ROTARY_BUFFERS,
-    tied_copies=TIED_HEAD,
     reads=("sliding_window", "layer_types"),
 )

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import Family, HfConfig
+from megatron_groupdpo.convert.families.base import HfConfig
 from megatron_groupdpo.convert.families.decoder import (
-    ROTARY_BUFFERS,
-    RULES,
-    TIED_HEAD,
     WINDOW,
     decoder_config,
+    decoder_family,
     decoder_fields,
     window_config,
     window_fields,
@@ -27,15 +25,11 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     return config | window_config(model) | {"use_sliding_window": bool(model.window_size)}
 
 
-QWEN2 = Family(
+QWEN2 = decoder_family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
-    rules=RULES,
     to_model=_to_model,
     to_hf=_to_hf,
-    prefix="model.",
-    ignorable=ROTARY_BUFFERS,
-    tied_copies=TIED_HEAD,
     reads=("sliding_window", "layer_types"),
 )

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.families.base import Family, HfConfig, require
+from megatron_groupdpo.convert.families.base import HfConfig, require
 from megatron_groupdpo.convert.families.decoder import (
     QK_NORMS,
-    ROTARY_BUFFERS,
     RULES,
-    TIED_HEAD,
     WINDOW,
     decoder_config,
+    decoder_family,
     decoder_fields,
     window_config,
     window_fields,
@@ -29,15 +28,12 @@ def _to_hf(model: ModelConfig) -> dict[str, Any]:
     return config | window_config(model) | {"attention_bias": False, "use_sliding_window": bool(model.window_size)}
 
 
-QWEN3 = Family(
+QWEN3 = decoder_family(
     name="qwen3",
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     rules={**RULES, **QK_NORMS},
     to_model=_to_model,
     to_hf=_to_hf,
-    prefix="model.",
-    ignorable=ROTARY_BUFFERS,
-    tied_copies=TIED_HEAD,
     reads=("sliding_window", "layer_types"),
 )
