@@ -186,6 +186,7 @@ class Records:
             records = read_records(source)
             first = list(itertools.islice(records, _DETECTION_RECORDS))
             schema = choose_schema(self.schema, first)
+            schema.check(self.options, source)
             self.schemas[source] = schema.name
             for number, (raw, where) in enumerate(itertools.chain(first, records)):
                 if limit is not None and number >= limit:

@@ -115,7 +115,7 @@ def preprocess(
         records_resumed = run.progress.counts[why.GROUPS_READ]
         with closing(run), _preparing(preparer, options, workers) as prepare_chunks:
             for source_id in range(run.progress.source, len(sources)):
-                run.add_source(source_id, options.schema, prepare_chunks)
+                run.add_source(source_id, options, prepare_chunks)
             digest = run.finish()
     progress = run.progress
     return PreprocessReport(
@@ -172,13 +172,14 @@ class _Run:
         start_afresh(folder)
         return StoreWriter(folder, identity)
 
-    def add_source(self, source_id: int, schema_name: str, prepare_chunks: PrepareChunks) -> None:
+    def add_source(self, source_id: int, options: PreprocessOptions, prepare_chunks: PrepareChunks) -> None:
         """Everything of one source that is not done yet."""
         source, progress = self._sources[source_id], self.progress
         raws = read_raw(source)
         first = list(itertools.islice(raws, NUM_DETECTION_RECORDS))
         wheres = [f"{source}:{row}" for _, row in first]
-        schema = choose_schema(schema_name, _detection_records(schema_name, first, wheres))
+        schema = choose_schema(options.schema, _detection_records(options.schema, first, wheres))
+        schema.check(options.schema_options, source)
         self._listeners.on_schema(source, schema)
         progress.schemas[source_id:] = [schema.name]
         raws = itertools.chain(first, raws)

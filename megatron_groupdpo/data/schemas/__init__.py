@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from megatron_groupdpo.data.schemas import (
     canonical,
     distilabel,
+    fields,
     helpsteer3,
     mix_instruct,
     ms_swift,
@@ -23,7 +24,7 @@ from megatron_groupdpo.data.schemas import (
 )
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
 from megatron_groupdpo.data.schemas.system import with_system_turn
-from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import GroupRecord
 
 __all__ = ["SCHEMAS", "Schema", "SchemaOptions", "choose_schema", "schema_named"]
@@ -40,22 +41,38 @@ class Schema:
     """``read(record, where, options)``: the group of the form's own fields; raises DataError naming ``where``."""
     single_answers: bool = False
     """Groups of one positive response, for the ``sft`` objective: used only where named."""
+    named_scores: bool = False
+    """Whether responses may have several scores, which ``--score-weights`` weighs."""
     yields: bool = False
     """Gives way when another schema fits too: group data often repeats its best and worst as a pair."""
 
+    def check(self, options: SchemaOptions, source: str) -> None:
+        """Raises ConfigError on an option that nothing in records of this form answers to."""
+        if options.score_weights is not None and not self.named_scores:
+            having = ", ".join(schema.name for schema in SCHEMAS if schema.named_scores)
+            raise ConfigError(
+                f"--score-weights weighs named scores, and {source} has the schema {self.name!r}, which has one value "
+                f"a response; leave it out (schemas with named scores: {having})"
+            )
+
     def parse(self, record: Record, where: str, options: SchemaOptions) -> GroupRecord:
         """The record's group, with the fields that every form may have; raises DataError naming ``where``."""
+        if record.get("tools"):
+            raise DataError(
+                f"{where}: the record offers tools ({fields.show(record['tools'])}), which no prompt here can show; "
+                "write them into the system turn and remove the field, or drop the record"
+            )
         return with_system_turn(self.read(record, where, options), record, options)
 
 
 SCHEMAS: tuple[Schema, ...] = (
-    Schema(name="canonical", matches=canonical.matches, read=canonical.parse),
+    Schema(name="canonical", matches=canonical.matches, read=canonical.parse, named_scores=True),
     Schema(name="pairs", matches=pairs.matches, read=pairs.parse, yields=True),
     Schema(name="ultrafeedback", matches=ultrafeedback.matches, read=ultrafeedback.parse),
     Schema(name="on_policy", matches=on_policy.matches, read=on_policy.parse),
     Schema(name="reward", matches=reward.matches, read=reward.parse),
     Schema(name="nectar", matches=nectar.matches, read=nectar.parse),
-    Schema(name="mix_instruct", matches=mix_instruct.matches, read=mix_instruct.parse),
+    Schema(name="mix_instruct", matches=mix_instruct.matches, read=mix_instruct.parse, named_scores=True),
     Schema(name="distilabel", matches=distilabel.matches, read=distilabel.parse),
     Schema(name="nemo_rl", matches=nemo_rl.matches, read=nemo_rl.parse),
     Schema(name="helpsteer3", matches=helpsteer3.matches, read=helpsteer3.parse),
@@ -77,15 +94,21 @@ def schema_named(name: str) -> Schema:
 
 
 def choose_schema(name: str, first_records: Sequence[tuple[Record, str]]) -> Schema:
-    """The schema ``name``, or for ``"auto"`` the one that every one of the first records has.
+    """The schema ``name``, or for ``"auto"`` the only one that more than half of the first records have.
+
+    A record among them that has no form at all is left to that schema's reader, which names what the record lacks.
 
     Raises:
         DataError: no schema fits, several do, or the first records have different forms.
     """
     if name != "auto":
         return schema_named(name)
+    known = [schema for schema in SCHEMAS if not schema.single_answers]
     records = [record for record, _ in first_records]
-    fitting = [s for s in SCHEMAS if not s.single_answers and all(s.matches(record) for record in records)]
+    formed = [record for record in records if any(schema.matches(record) for schema in known)]
+    if 2 * len(formed) <= len(records):
+        formed = records
+    fitting = [schema for schema in known if all(schema.matches(record) for record in formed)]
     if len(fitting) > 1:
         fitting = [schema for schema in fitting if not schema.yields]
     if len(fitting) == 1:
@@ -94,14 +117,16 @@ def choose_schema(name: str, first_records: Sequence[tuple[Record, str]]) -> Sch
     if fitting:
         names = ", ".join(schema.name for schema in fitting)
         raise DataError(f"{where}: the records fit several schemas ({names}); name one with --schema")
-    kinds = [[s.name for s in SCHEMAS if not s.single_answers and s.matches(record)] for record in records]
-    odd = next((i for i, names in enumerate(kinds) if not names), None)
-    if odd is None:
-        odd = next((i for i, names in enumerate(kinds) if kinds[0][0] not in names), 0)
+    kinds = [[schema.name for schema in known if schema.matches(record)] for record in records]
+    having = [i for i, names in enumerate(kinds) if names]
+    if formed is not records or len(having) == len(records):
+        first = having[0]
+        odd = next((i for i in having if kinds[first][0] not in kinds[i]), first)
         raise DataError(
-            f"{first_records[odd][1]}: this record has the form {kinds[odd][0]!r} while {where} has "
-            f"{kinds[0][0]!r}; give files of one form, or preprocess them separately"
+            f"{first_records[odd][1]}: this record has the form {kinds[odd][0]!r} while {first_records[first][1]} has "
+            f"{kinds[first][0]!r}; give files of one form, or preprocess them separately"
         )
+    odd = next(i for i, names in enumerate(kinds) if not names)
     hint = " (single answers need --schema sft)" if sft.matches(records[odd]) else ""
     raise DataError(
         f"{first_records[odd][1]}: no known schema fits a record with the keys "

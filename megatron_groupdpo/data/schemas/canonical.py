@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from megatron_groupdpo.data.schemas import fields
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupRecord, ResponseRecord
 
 
@@ -36,6 +37,11 @@ def _response(entry: Record, name: str, where: str, options: SchemaOptions) -> R
         value = fields.value_of_scores(score, options, f"{name}.score", where)
     elif score is not None:
         value = fields.number(score, f"{name}.score", where)
+        if options.score_weights is not None:
+            raise DataError(
+                f"{where}: {name}.score is one number ({score}), but --score-weights weighs named scores; leave the "
+                'option out, or write the score as {"name": number}'
+            )
     else:
         value = None if rank is None else -fields.number(rank, f"{name}.rank", where)
     return ResponseRecord(

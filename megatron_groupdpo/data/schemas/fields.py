@@ -101,11 +101,12 @@ def messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
     turns = []
     for index, turn in enumerate(items(value, name, where)):
         role = string(field(turn, "role", where), f"{name}[{index}].role", where)
-        if turn.get("tool_calls"):
-            raise DataError(
-                f"{where}: {name}[{index}] has tool_calls ({show(turn['tool_calls'])}), but only the text of turns is "
-                "trained on; write the calls into content, or drop the record"
-            )
+        for key in ("tool_calls", "function_call"):
+            if turn.get(key):
+                raise DataError(
+                    f"{where}: {name}[{index}] has {key} ({show(turn[key])}), but only the text of turns is trained "
+                    "on; write the calls into content, or drop the record"
+                )
         content = string(field(turn, "content", where), f"{name}[{index}].content", where)
         turns.append(Message(role=role, content=content))
     if not turns:

@@ -138,11 +138,11 @@ def test_reference_log_probabilities_of_truncated_texts_are_forgotten(write_line
 
 def test_bad_records_stop_or_are_counted(write_lines, build, tmp_path):
     path = write_lines([labelled("A", 1, -1), {"prompt": "B"}, labelled("C", 1)])
-    with pytest.raises(DataError, match="no known schema fits"):
-        build(path)
-    with pytest.raises(DataError, match=rf"^{path}:2: the field 'responses' is required"):
-        build(path, schema="canonical")
-    report = build(path, schema="canonical", on_bad_record="drop")
+    for schema in ("auto", "canonical"):
+        with pytest.raises(DataError, match=rf"^{path}:2: the field 'responses' is required"):
+            build(path, schema=schema)
+    assert build(path, on_bad_record="drop").counts[why.BAD_RECORD] == 2
+    report = build(path, schema="canonical", on_bad_record="drop", overwrite=True)
     assert report.counts[why.BAD_RECORD] == 2
     assert report.counts[why.GROUPS_KEPT] == 1
 

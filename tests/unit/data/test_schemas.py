@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions, choose_schema, schema_named
-from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import GroupRecord, Message
 
 
@@ -249,3 +249,33 @@ def test_first_records_of_two_forms_are_refused_with_the_odd_line():
         choose_schema("auto", records)
     with pytest.raises(DataError, match=r"^f:2: no known schema fits .* foo"):
         choose_schema("auto", [(CASES[0][1], "f:1"), ({"foo": 1}, "f:2")])
+
+
+def test_a_record_without_a_form_is_left_to_the_reader_of_the_others():
+    good = (CASES[0][1], "f:1")
+    assert choose_schema("auto", [good, ({"foo": 1}, "f:2"), good]).name == "canonical"
+    with pytest.raises(DataError, match=r"^f:3: .*'ultrafeedback' while f:2 has 'canonical'"):
+        choose_schema("auto", [({"foo": 1}, "f:1"), (CASES[0][1], "f:2"), (CASES[4][1], "f:3")])
+
+
+def test_score_weights_need_named_scores():
+    options = SchemaOptions(score_weights={"overall_score": 1.0})
+    schema_named("canonical").check(options, "f.jsonl")
+    schema_named("pairs").check(SchemaOptions(), "f.jsonl")
+    with pytest.raises(ConfigError, match=r"f\.jsonl has the schema 'ultrafeedback'.*canonical, mix_instruct"):
+        schema_named("ultrafeedback").check(options, "f.jsonl")
+    record = {"prompt": "Q", "responses": [{"text": "a", "score": 1.0}, {"text": "b", "score": 0.0}]}
+    with pytest.raises(DataError, match=r"responses\[0\]\.score is one number"):
+        schema_named("canonical").parse(record, "f:1", options)
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_what_a_turn_calls_and_a_record_offers_is_not_lost(key):
+    turns = [user("Q"), {**assistant("a"), key: {"name": "f"}}]
+    answers = [{"text": "a", "label": 1}, {"text": "b", "label": -1}]
+    with pytest.raises(DataError, match=rf"prompt\[1\] has {key}"):
+        schema_named("canonical").parse({"prompt": turns, "responses": answers}, "f:1", SchemaOptions())
+    with pytest.raises(DataError, match="the record offers tools"):
+        schema_named("canonical").parse(
+            {"prompt": "Q", "responses": answers, "tools": [{"name": "f"}]}, "f:1", SchemaOptions()
+        )
