@@ -24,6 +24,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from megatron_groupdpo import __version__
+from megatron_groupdpo.fp8_recipes import TILE, fp8_recipes
 from megatron_groupdpo.probes import LIBRARIES, PROBES, Probe, run_probe
 
 _MIN_DISK_GB = 10.0
@@ -54,17 +55,6 @@ class Finding:
 
 
 # Rules: what follows from what is here.
-
-
-def fp8_recipes(capability: tuple[int, int]) -> tuple[str, ...]:
-    """FP8 recipes of Transformer Engine that run on a device of this compute capability."""
-    if capability < (8, 9):
-        return ()
-    if capability < (9, 0):
-        return ("delayed", "tensorwise")
-    if capability < (10, 0):
-        return ("delayed", "tensorwise", "blockwise")
-    return ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 
 def optimizer_path(*, transformer_engine: bool, apex: bool) -> str:
@@ -196,7 +186,9 @@ def _paths(torch: Probe, engine: Probe, apex: Probe) -> list[Finding]:
     # One recipe has to run on every device of the run.
     recipes = fp8_recipes(min(tuple(device["capability"]) for device in devices)) if devices else ()
     if engine_used and recipes:
-        detail = f"this machine could run {', '.join(recipes)}; training refuses FP8 flags for now"
+        detail = f"--fp8-recipe {', '.join(recipes)} (with --bf16 --fp8-format)"
+        absent = [recipe for recipe in TILE if recipe not in recipes]
+        detail += f"; {', '.join(absent)} would be refused: another compute capability" if absent else ""
         fp8 = Finding(name="FP8", state="ok", detail=detail)
     else:
         reasons = [

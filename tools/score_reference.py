@@ -11,7 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.planner import length_multiple, plan_options
+from megatron_groupdpo.config.fp8 import length_multiple
+from megatron_groupdpo.data.planner import plan_options
 from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError
@@ -45,15 +46,43 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="as the training run will have it; otherwise fp32")
+    parser.add_argument(
+        "--fp8-format", choices=("e4m3", "hybrid"), help="as the training run; with --fp8-recipe delayed, leave it out"
+    )
+    parser.add_argument("--fp8-recipe", choices=("tensorwise", "blockwise", "mxfp8"))
+    parser.add_argument("--first-last-layers-bf16", action="store_true", help="with FP8, as the training run")
+    parser.add_argument("--num-layers-at-start-in-bf16", type=int, default=1, metavar="N")
+    parser.add_argument("--num-layers-at-end-in-bf16", type=int, default=1, metavar="N")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     return parser.parse_args()
 
 
-def check_token_budget(budget: int | None, stores: Sequence[TokenStore], parallel: ParallelConfig) -> None:
+def chosen_precision(args: argparse.Namespace) -> PrecisionConfig:
+    """What the flags ask for, if they go together."""
+    if (args.fp8_format is None) != (args.fp8_recipe is None):
+        raise ConfigError("--fp8-format and --fp8-recipe go together; give both or neither")
+    if args.fp8_format is not None and not args.bf16:
+        raise ConfigError("--fp8-format needs --bf16: FP8 is used inside matrix products only")
+    if args.first_last_layers_bf16 and args.fp8_format is None:
+        raise ConfigError("--first-last-layers-bf16 acts on FP8; give --fp8-format, or leave it out")
+    return PrecisionConfig(
+        bf16=args.bf16,
+        fp8_format=args.fp8_format,
+        fp8_recipe=args.fp8_recipe,
+        first_last_layers_bf16=args.first_last_layers_bf16,
+        num_layers_at_start_in_bf16=args.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=args.num_layers_at_end_in_bf16,
+    )
+
+
+def check_token_budget(
+    budget: int | None, stores: Sequence[TokenStore], parallel: ParallelConfig, precision: PrecisionConfig
+) -> None:
     """Refuse a budget that the longest response does not fit in."""
     for store in stores:
         longest = int(store.meta["max_row_tokens"])
-        needed = -(-longest // length_multiple(parallel)) * length_multiple(parallel)
+        multiple = length_multiple(parallel, precision)
+        needed = -(-longest // multiple) * multiple
         if budget is not None and budget < needed:
             raise ConfigError(
                 f"--max-tokens-per-microbatch {budget} cannot hold the longest prompt and response of {store.path}, "
@@ -111,16 +140,18 @@ def main() -> None:
         sequence_parallel=args.sequence_parallel,
         device=args.device,
     )
-    check_token_budget(args.max_tokens_per_microbatch, stores, parallel)
+    precision = chosen_precision(args)
+    check_token_budget(args.max_tokens_per_microbatch, stores, parallel, precision)
     # Megatron takes seconds to import: a mistyped path is answered before.
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.reference.score import score_store
 
     ranks = initialize(parallel, seed=0)
-    policy = load_policy(Path(args.load), parallel, PrecisionConfig(bf16=args.bf16), ranks)
+    policy = load_policy(Path(args.load), parallel, precision, ranks)
     plan = plan_options(
         parallel,
+        precision=precision,
         data_parallel_size=ranks.dp_group.size(),
         micro_batch_size=args.micro_batch_size,
         max_tokens_per_microbatch=args.max_tokens_per_microbatch,

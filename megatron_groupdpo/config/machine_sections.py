@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_groupdpo.config.bounds import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from megatron_groupdpo.config.bounds import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +153,30 @@ class PrecisionConfig:
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """FP8 matrix products (Transformer Engine); hybrid: e4m3 forward, e5m2 for gradients."""
     fp8_recipe: Literal["delayed", "tensorwise", "mxfp8", "blockwise"] | None = None
-    """How FP8 scales are chosen; needed with fp8_format."""
+    """How FP8 scales are chosen; needed with fp8_format. delayed: from the maxima of the steps before; tensorwise: of
+    the tensor at hand; blockwise, mxfp8: of blocks of it."""
+    fp8_param_gather: bool = False
+    """Keep weights in FP8 and gather them so."""
+    fp8_margin: NonNegativeInt = 0
+    """Delayed scaling leaves a factor of 2 to the power of this above the largest value seen."""
+    fp8_amax_history_len: PositiveInt = 16
+    """Delayed scaling: optimizer steps whose maxima are remembered."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """Delayed scaling: the largest value of those steps, or of the last one alone."""
+    first_last_layers_bf16: bool = False
+    """With FP8: the first and the last layers stay in bf16."""
+    num_layers_at_start_in_bf16: NonNegativeInt = 1
+    """How many at the start."""
+    num_layers_at_end_in_bf16: NonNegativeInt = 1
+    """How many at the end."""
+    attention_backend: Literal["auto", "flash", "fused", "unfused", "local"] = "auto"
+    """flash, fused (cuDNN), unfused: Transformer Engine's; local: PyTorch's scaled dot-product attention, with either
+    kind of layers; auto: Transformer Engine's choice in its layers, else local."""
+    gradient_accumulation_fusion: bool = False
+    """Add weight gradients to the fp32 buffers inside the matrix product: Transformer Engine's layers, or local ones
+    with Apex's fused_weight_gradient_mlp_cuda."""
+    apply_rope_fusion: bool = False
+    """Rotate queries and keys with Transformer Engine's kernel."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """Recompute activations in the backward: whole layers, or the core attention only."""
     recompute_method: Literal["uniform", "block"] | None = None

@@ -26,9 +26,9 @@ NOT_YET = (
         reason="mixtures of experts are not supported yet; set it to 1",
     ),
     NotYet(
-        field="precision.fp8_format",
-        refused=lambda fp8_format: fp8_format is not None,
-        reason="FP8 is not supported yet (and without Transformer Engine Megatron would ignore it in silence); "
-        "leave it out and use bf16",
+        field="precision.fp8_param_gather",
+        refused=bool,
+        reason="weights stored in FP8 are not supported yet: a checkpoint's weights would be rounded to FP8 before the "
+        "optimizer takes its fp32 copies from them; leave it out",
     ),
 )

@@ -149,7 +149,12 @@ class TrainingConfig:
     eval_iters: PositiveInt = 100
     """Global batches of a validation."""
     score_drift_threshold: PositiveFloat | None = None
-    """Stop when a response's score differs by more than this between the two passes; none: only report it."""
+    """Stop when a response's score differs by more than this between the two passes; none: only report it (with FP8:
+    what 0.02 a token of the longest response comes to)."""
+    logp_tolerance: PositiveFloat | None = None
+    """By how much a log-probability per token may differ from the reference's where the weights are the same."""
+    gradient_tolerance: PositiveFloat | None = None
+    """What verify_gradients allows, relative to the gradient's norm."""
     verify_gradients: NonNegativeInt = 0
     """Compare the gradient of the two passes with one graph's, on a few groups of the batch, in the first so many
     iterations of every start; 0: never."""

@@ -15,6 +15,7 @@ from megatron_groupdpo.config.derived import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.fp8 import fp8_problems, kernel_problems, length_multiple
 from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
 from megatron_groupdpo.config.train_config import TrainConfig
@@ -98,11 +99,12 @@ def _layout_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     if model.num_layers % (pp * (chunks or 1)):
         stages = f"pipeline_model_parallel_size ({pp})" + (f" x virtual chunks ({chunks})" if chunks else "")
         yield f"num_layers ({model.num_layers}) must be a multiple of {stages}; choose sizes that divide it."
-    multiple = (2 * cp if cp > 1 else 1) * (tp if parallel.sequence_parallel else 1)
+    multiple = length_multiple(parallel, config.precision)
     if config.data.seq_length % multiple:
+        fp8 = f", FP8 {config.precision.fp8_recipe} needs whole tiles a rank" if config.precision.fp8_format else ""
         yield (
             f"seq_length ({config.data.seq_length}) must be a multiple of {multiple}: context parallelism cuts a "
-            f"sequence in 2 x {cp}, sequence parallelism in {tp}; "
+            f"sequence in 2 x {cp}, sequence parallelism in {tp}{fp8}; "
             f"try {-(-config.data.seq_length // multiple) * multiple}."
         )
     budget = config.training.max_tokens_per_microbatch
@@ -178,15 +180,8 @@ def _listed(numbers: tuple[int, ...]) -> str:
 
 def _precision_problems(config: TrainConfig) -> Iterator[str]:
     precision = config.precision
-    if precision.fp8_format is not None:
-        if precision.fp8_recipe is None:
-            yield "fp8_format is set and fp8_recipe is not; choose tensorwise, blockwise or mxfp8."
-        if not precision.bf16:
-            yield "fp8_format needs bf16: FP8 is used inside matrix products only; add --bf16."
-        if config.model.transformer_impl == "local":
-            yield "fp8_format needs Transformer Engine and transformer_impl is 'local'; use auto or transformer_engine."
-    elif precision.fp8_recipe is not None:
-        yield f"fp8_recipe ({precision.fp8_recipe}) is set and fp8_format is not; add fp8_format e4m3 or hybrid."
+    yield from fp8_problems(config)
+    yield from kernel_problems(config)
     full = precision.recompute_granularity == "full"
     for name in ("recompute_method", "recompute_num_layers"):
         given = getattr(precision, name) is not None
@@ -390,6 +385,31 @@ _IDLE = (
         fields=("objective.reference_offload",),
         when=lambda c: c.objective.reference != "resident",
         because="reference is not resident",
+    ),
+    _Idle(
+        fields=("precision.first_last_layers_bf16", "precision.fp8_param_gather"),
+        when=lambda c: c.precision.fp8_format is None,
+        because="fp8_format is not set",
+    ),
+    _Idle(
+        fields=("precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"),
+        when=lambda c: not c.precision.first_last_layers_bf16,
+        because="first_last_layers_bf16 is off",
+    ),
+    _Idle(
+        fields=("precision.fp8_margin", "precision.fp8_amax_history_len", "precision.fp8_amax_compute_algo"),
+        when=lambda c: c.precision.fp8_recipe != "delayed",
+        because="fp8_recipe is not delayed",
+    ),
+    _Idle(
+        fields=("precision.apply_rope_fusion",),
+        when=lambda c: c.model.position_embedding_type != "rope",
+        because="position_embedding_type is not rope",
+    ),
+    _Idle(
+        fields=("training.gradient_tolerance",),
+        when=lambda c: c.training.verify_gradients == 0,
+        because="verify_gradients is 0",
     ),
     _Idle(
         fields=("training.score_drift_threshold",),

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_groupdpo.config import ParallelConfig
+from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config.fp8 import length_multiple, row_multiple
 from megatron_groupdpo.types import GroupBatch, ResponseRow
 
 
@@ -57,28 +58,17 @@ class PlanOptions:
         return _padded(len(row.tokens_S), self.row_multiple)
 
 
-def row_multiple(context_parallel_size: int) -> int:
-    """Each sequence is cut into two chunks a rank (``mcore/context_parallel.py``)."""
-    return 2 * context_parallel_size if context_parallel_size > 1 else 1
-
-
-def length_multiple(parallel: ParallelConfig) -> int:
-    """Lengths of microbatches are a multiple of this: sequence parallelism cuts what context parallelism left."""
-    return row_multiple(parallel.context_parallel_size) * (
-        parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    )
-
-
 def plan_options(
     parallel: ParallelConfig,
     *,
     data_parallel_size: int,
+    precision: PrecisionConfig | None = None,
     micro_batch_size: int | None = None,
     max_tokens_per_microbatch: int | None = None,
     attention_cost: float = 0.0,
     pad_token: int = 0,
 ) -> PlanOptions:
-    """Options of a layout."""
+    """Options of a layout; ``precision`` matters where it is FP8, whose tiles lengths must fill."""
     pp = parallel.pipeline_model_parallel_size
     return PlanOptions(
         micro_batch_size=micro_batch_size,
@@ -86,7 +76,7 @@ def plan_options(
         data_parallel_size=data_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         microbatch_multiple=pp if parallel.virtual_pipeline_model_parallel_size is not None else 1,
-        length_multiple=length_multiple(parallel),
+        length_multiple=length_multiple(parallel, precision),
         same_length=pp > 1,
         pad_token=pad_token,
         attention_cost=attention_cost,

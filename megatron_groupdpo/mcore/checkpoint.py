@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -27,6 +27,7 @@ from megatron_groupdpo.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FORMAT = 1
+_EXTRA_STATE = "_extra_state"
 # Megatron's and pickle's own kinds, and the one of torch's loader, which is no Exception.
 _LOAD_ERRORS = (Exception, CheckpointException)
 # Optimizer state laid out by parameter, not by buffer: loadable under another TP, PP and DP.
@@ -236,15 +237,30 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
         options = _group_options(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=True)
     _check_shapes(folder, state)
+    _leave_out_absent_state(folder, state)
     loaded = _read(folder, state)
     for index, chunk in enumerate(chunks):
-        _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
+        found = _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if not key.endswith(_EXTRA_STATE))]
+        assert not wrong, f"the sharded state is not the module's: {wrong}"
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _unshare_torch_adam_step(optimizer)
         for group, own in zip(_param_groups(optimizer), options):
             group.update(own)
     dist.barrier()
+
+
+def _leave_out_absent_state(folder: Path, state: dict[str, Any]) -> None:
+    """Transformer Engine's modules keep their scales as extra state, which a checkpoint of others lacks."""
+    saved = dist_checkpointing.load_sharded_metadata(str(folder))
+    for name, chunk_state in state.items():
+        if name.startswith("model"):
+            state[name] = {
+                key: entry
+                for key, entry in chunk_state.items()
+                if not isinstance(entry, ShardedObject) or entry.unique_key in saved
+            }
 
 
 def _read(folder: Path, state: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ plain sum over responses, and every 1/B is in the coefficients, where the formul
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from megatron_groupdpo.engine import MicrobatchLoss
 from megatron_groupdpo.mcore.context_parallel import sum_over_ranks
+from megatron_groupdpo.mcore.fp8 import TwoPassScaling
 from megatron_groupdpo.mcore.logprobs import selected_logprobs
 from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.types import Microbatch
@@ -47,17 +49,31 @@ class MegatronEngine:
         *,
         vocab_size: int,
         log_probs_chunk_size: int,
+        scaling: TwoPassScaling | None = None,
     ) -> None:
+        """``scaling``: of a model with FP8 products."""
         self.chunks = list(chunks)
         self.config = config
         self.ranks = ranks
         self.vocab_size = vocab_size
         self.log_probs_chunk_size = log_probs_chunk_size
+        self.scaling = scaling
         if isinstance(self.chunks[0], DistributedDataParallel):
             config.finalize_model_grads_func = _finalize_without_rescaling
             # The schedule holds back the gradient reduction until the last microbatch of each chunk.
             no_sync: Any = [chunk.no_sync for chunk in self.chunks]
             config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+    def step(self) -> contextlib.AbstractContextManager[None]:
+        """The passes in here belong to one optimizer step: with FP8, they set the scales of the next."""
+        return contextlib.nullcontext() if self.scaling is None else self.scaling.step()
+
+    def calibrate(self, passes: Callable[[], object]) -> int:
+        """Run ``passes``, those of a step, as often as FP8's first scales need; how often. Buffers are left empty."""
+        rounds = 0 if self.scaling is None else self.scaling.calibrate(passes)
+        if rounds:
+            self.zero_gradient()
+        return rounds
 
     def score(self, microbatches: Sequence[Microbatch], num_responses: int) -> Tensor | None:
         """See :class:`Engine`. One pipelined forward-only schedule call over all microbatches."""
@@ -95,16 +111,17 @@ class MegatronEngine:
             microbatch = next(iterator)
             return self._forward(chunk, microbatch), lambda output, **kw: loss_of(microbatch, output, **kw)
 
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(iterators) > 1 else iterators[0],
-            model=self.chunks,
-            num_microbatches=len(microbatches),
-            seq_length=seq_length,
-            micro_batch_size=shape_BS[0],
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+        with contextlib.nullcontext() if self.scaling is None else self.scaling.one_pass():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks,
+                num_microbatches=len(microbatches),
+                seq_length=seq_length,
+                micro_batch_size=shape_BS[0],
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
 
     def _forward(self, chunk: torch.nn.Module, microbatch: Microbatch) -> Tensor:
         device = self.ranks.device
@@ -116,8 +133,13 @@ class MegatronEngine:
                 qkv_format="thd",
                 cu_seqlens_q=bounds,
                 cu_seqlens_kv=bounds,
+                # The same bounds: padding belongs to the sequence before it, where causality hides it. Transformer
+                # Engine's context parallelism asks for these, and the flag saves it a comparison on the host.
+                cu_seqlens_q_padded=bounds,
+                cu_seqlens_kv_padded=bounds,
                 max_seqlen_q=longest,
                 max_seqlen_kv=longest,
+                pad_between_seqs=False,
             )
         return chunk(
             input_ids=microbatch.tokens_BS.to(device, non_blocking=True),

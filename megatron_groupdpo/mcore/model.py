@@ -15,11 +15,9 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_submodules,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -33,6 +31,7 @@ from megatron_groupdpo.mcore.attention import SdpaAttention
 from megatron_groupdpo.mcore.layer import PostNormLayer
 from megatron_groupdpo.mcore.norm import AcrossHeadsRMSNorm, norm_class
 from megatron_groupdpo.mcore.rotary import ScaledRotaryEmbedding, TwoRopeSelfAttention, score_factor
+from megatron_groupdpo.mcore.te_spec import fused_layer_spec, transformer_engine_parts
 
 # GPTModel warns on every construction that HybridModel will replace it; said once, in the docstring above.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
@@ -45,7 +44,9 @@ _ACTIVATIONS: dict[str, Any] = {
 }
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, transformer_impl: str = "local"
+) -> TransformerConfig:
     """Megatron's configuration for this run.
 
     ``calculate_per_token_loss`` is set so that nothing rescales the loss or the gradient: see ``engine.py``.
@@ -83,7 +84,18 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, precision: 
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
-            gradient_accumulation_fusion=False,
+            # Transformer Engine's layers are told one by one: see ``te_fp8.fuse_weight_gradients``.
+            gradient_accumulation_fusion=precision.gradient_accumulation_fusion and transformer_impl == "local",
+            apply_rope_fusion=precision.apply_rope_fusion,
+            attention_backend=AttnBackend[precision.attention_backend],
+            fp8=precision.fp8_format,
+            fp8_recipe=precision.fp8_recipe or "delayed",
+            fp8_margin=precision.fp8_margin,
+            fp8_amax_history_len=precision.fp8_amax_history_len,
+            fp8_amax_compute_algo=precision.fp8_amax_compute_algo,
+            first_last_layers_bf16=precision.first_last_layers_bf16,
+            num_layers_at_start_in_bf16=precision.num_layers_at_start_in_bf16,
+            num_layers_at_end_in_bf16=precision.num_layers_at_end_in_bf16,
             calculate_per_token_loss=True,
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=pp,
@@ -177,7 +189,13 @@ def build_model(
     for stage in range(num_chunks or 1):
         vp_stage = stage if num_chunks else None
         spec = (
-            get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_layernorm)
+            fused_layer_spec(
+                model,
+                config,
+                vp_stage,
+                transformer_engine_parts(),
+                local_attention=config.attention_backend == AttnBackend.local,
+            )
             if transformer_impl == "transformer_engine"
             else local_layer_spec(model, config, vp_stage)
         )

@@ -79,3 +79,12 @@ class Updater:
         """Learning rate of the next update."""
         groups: Any = self.optimizer.param_groups
         return float(groups[0]["lr"])
+
+
+def optimizer_origin(optimizer: MegatronOptimizer) -> str:
+    """Whose update Megatron took: Transformer Engine's, else Apex's, else torch's (``megatron/core/optimizer``)."""
+    parts: Any = getattr(optimizer, "chained_optimizers", [optimizer])
+    update = type(parts[0].optimizer)
+    package = update.__module__.split(".")[0]
+    names = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "torch"}
+    return f"{names.get(package, package)}'s {update.__name__}"

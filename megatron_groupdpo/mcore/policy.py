@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights, read_common
 from megatron_groupdpo.mcore.digest import count_parameters, weights_digest
 from megatron_groupdpo.mcore.engine import MegatronEngine
+from megatron_groupdpo.mcore.fp8 import TwoPassScaling
 from megatron_groupdpo.mcore.init import initialize_weights
+from megatron_groupdpo.mcore.kernels import check_kernels, choose_transformer_impl
 from megatron_groupdpo.mcore.model import build_model, transformer_config, wrap_for_inference, wrap_for_training
 from megatron_groupdpo.mcore.setup import Ranks
+from megatron_groupdpo.mcore.te_fp8 import TransformerEngineState, fuse_weight_gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,10 @@ class Policy:
 
     model: ModelConfig
     config: TransformerConfig
+    precision: PrecisionConfig
     ranks: Ranks
+    transformer_impl: str
+    """``local`` or ``transformer_engine``."""
     chunks: list[Any]
     """Wrapped: gradient buffers for training, half precision."""
     engine: MegatronEngine
@@ -59,21 +62,41 @@ def build_policy(
     """A model with seeded initial weights, the same on every layout.
 
     Raises:
-        ConfigError: Megatron refuses the model on this layout, or Transformer Engine is asked for and absent.
+        ConfigError: Megatron refuses the model on this layout; or Transformer Engine, an FP8 recipe or a kernel is
+            asked for and cannot be had.
     """
     model = resolved(model)
     assert model.vocab_size is not None
-    config = transformer_config(model, parallel, precision)
     transformer_impl = choose_transformer_impl(
-        model, ranks.device, context_parallel_size=parallel.context_parallel_size
+        model, ranks.device, context_parallel_size=parallel.context_parallel_size, precision=precision
     )
+    check_kernels(precision, transformer_impl, ranks.device)
+    config = transformer_config(model, parallel, precision, transformer_impl=transformer_impl)
     chunks = build_model(model, parallel, config, transformer_impl=transformer_impl)
+    if precision.gradient_accumulation_fusion and transformer_impl == "transformer_engine":
+        assert all(fuse_weight_gradients(chunk) for chunk in chunks), "Transformer Engine's layers say how they add up"
     initialize_weights(chunks, model, seed=seed)
     wrapped = wrap_for_training(chunks, config, parallel) if training else wrap_for_inference(chunks, config)
+    scaling = None
+    if precision.fp8_recipe is not None:
+        scaling = TwoPassScaling(TransformerEngineState(wrapped, recipe=precision.fp8_recipe, device=ranks.device))
     engine = MegatronEngine(
-        wrapped, config, ranks, vocab_size=model.vocab_size, log_probs_chunk_size=precision.log_probs_chunk_size
+        wrapped,
+        config,
+        ranks,
+        vocab_size=model.vocab_size,
+        log_probs_chunk_size=precision.log_probs_chunk_size,
+        scaling=scaling,
     )
-    return Policy(model=model, config=config, ranks=ranks, chunks=wrapped, engine=engine)
+    return Policy(
+        model=model,
+        config=config,
+        precision=precision,
+        ranks=ranks,
+        transformer_impl=transformer_impl,
+        chunks=wrapped,
+        engine=engine,
+    )
 
 
 def load_policy(
@@ -106,49 +129,3 @@ def model_identity(model: ModelConfig) -> dict[str, Any]:
     """The fields that decide which tensors a model has and what it computes."""
     not_the_model = {"transformer_impl", "attention_dropout", "hidden_dropout", "init_method_std"}
     return {name: value for name, value in dataclasses.asdict(resolved(model)).items() if name not in not_the_model}
-
-
-def choose_transformer_impl(model: ModelConfig, device: torch.device, *, context_parallel_size: int = 1) -> str:
-    """``local`` or ``transformer_engine``; the latter needs the package, a GPU, and a model that its layers can be."""
-    if model.transformer_impl == "local" or (model.transformer_impl == "auto" and device.type == "cpu"):
-        return "local"
-    problem = "the run's device is the CPU" if device.type == "cpu" else _transformer_engine_problem()
-    if problem is None:
-        lacks = _transformer_engine_lacks(model, context_parallel_size)
-        if lacks is None:
-            return "transformer_engine"
-        if model.transformer_impl == "auto":
-            if not dist.is_initialized() or dist.get_rank() == 0:
-                print(f"transformer_impl auto: local layers, since Transformer Engine's have no {lacks}", flush=True)
-            return "local"
-        raise ConfigError(
-            f"transformer_impl 'transformer_engine' would compute another model: its layers have no {lacks}; set "
-            "--transformer-impl local"
-        )
-    if model.transformer_impl == "auto":
-        return "local"
-    raise ConfigError(
-        f"transformer_impl 'transformer_engine' cannot be had: {problem}; install the 'te' extra on a machine with a "
-        "GPU, or set --transformer-impl local"
-    )
-
-
-def _transformer_engine_lacks(model: ModelConfig, context_parallel_size: int) -> str | None:
-    """What the model needs and Megatron's Transformer Engine layers do not have, with the field that asks for it."""
-    if model.norm_position != "pre":
-        return f"norms after attention and MLP (norm_position {model.norm_position!r})"
-    if model.qk_layernorm_across_heads:
-        return "norm over all heads together (qk_layernorm_across_heads)"
-    if model.rotary_base_local is not None:
-        return f"second RoPE for layers with the window (rotary_base_local {model.rotary_base_local})"
-    if model.window_size and context_parallel_size > 1:
-        return f"sliding window under ring context parallelism (context_parallel_size {context_parallel_size})"
-    return None
-
-
-def _transformer_engine_problem() -> str | None:
-    try:
-        import transformer_engine.pytorch  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except Exception as error:  # a partial installation raises RuntimeError or FileNotFoundError, not ImportError
-        return f"importing it fails ({error})"
-    return None

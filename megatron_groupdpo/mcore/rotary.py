@@ -90,5 +90,5 @@ class TwoRopeSelfAttention(SelfAttention):
         """Megatron's, with [S, 1, 1, D] of the angles."""
         if rotary_pos_emb is not None:
             kind = int(layer_window(self.config, self.layer_number) is not None)
-            rotary_pos_emb = rotary_pos_emb[:, :, kind : kind + 1]
+            rotary_pos_emb = rotary_pos_emb[:, :, kind : kind + 1].contiguous()  # as fused kernels read it
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_groupdpo.config.fp8 import precision_name
 from megatron_groupdpo.data.batch import build_batch
 from megatron_groupdpo.data.microbatches import build_microbatches
 from megatron_groupdpo.data.planner import PlanOptions, plan_batch
@@ -72,7 +73,7 @@ def score_store(
     key = ReferenceKey(
         store_digest=store.digest,
         weights_digest=policy.weights_digest(),
-        precision="bf16" if policy.config.bf16 else "fp32",
+        precision=precision_name(policy.precision),
     )
     writer, missing_R, num_taken_over = _open(policy.ranks, store, root, key, on_hashed)
     lacks_G = np.logical_or.reduceat(missing_R, store.first_response_G1[:-1]) if len(store) else np.empty(0, dtype=bool)

@@ -37,7 +37,7 @@ class ReferenceKey:
     store_digest: str
     weights_digest: str
     precision: str
-    """``fp32`` or ``bf16``."""
+    """``fp32``, ``bf16`` or an FP8 recipe: :func:`megatron_groupdpo.config.fp8.precision_name`."""
     scoring_version: int = SCORING_VERSION
 
 

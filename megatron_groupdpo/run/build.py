@@ -18,6 +18,7 @@ from megatron_groupdpo.config import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.fp8 import precision_name, reference_precision
 from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
 from megatron_groupdpo.data.order import build_sampler
 from megatron_groupdpo.data.planner import plan_options
@@ -237,7 +238,7 @@ def _resident_reference(config: TrainConfig, policy: Policy) -> Policy | Swapped
     folder = Path(config.checkpoint.pretrained_checkpoint)
     if config.objective.reference_offload:
         return load_swapped_reference(find_checkpoint(folder), policy)
-    return load_policy(folder, config.parallel, config.precision, policy.ranks)
+    return load_policy(folder, config.parallel, reference_precision(config.precision), policy.ranks)
 
 
 def _probe(
@@ -255,6 +256,8 @@ def _probe(
         )
     if config.objective.reference_probe_groups == 0:
         return "reference_probe_groups is 0"
+    if reference_precision(config.precision) != config.precision:
+        return f"it is in bf16, the policy's passes are in FP8 ({config.precision.fp8_recipe})"
     return probe_reference(config, policy, sources, policy_from=source)
 
 
@@ -269,6 +272,7 @@ def _sources(
     train_ids, held_out_ids = split_by_prompt(train_data, config.data.valid_fraction)
     plan = plan_options(
         config.parallel,
+        precision=config.precision,
         data_parallel_size=ranks.dp_group.size(),
         micro_batch_size=config.training.micro_batch_size,
         max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
@@ -316,7 +320,9 @@ def open_reference(config: TrainConfig, dataset: GroupDataset) -> ReferenceLogPr
             "--reference-logprobs to its output, or set --reference resident"
         )
     return ReferenceLogProbs.open(
-        Path(section.reference_logprobs), dataset.stores, precision="bf16" if config.precision.bf16 else "fp32"
+        Path(section.reference_logprobs),
+        dataset.stores,
+        precision=precision_name(reference_precision(config.precision)),
     )
 
 

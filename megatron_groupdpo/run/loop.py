@@ -20,6 +20,7 @@ from megatron_groupdpo.run.logs import RunLogger
 from megatron_groupdpo.run.metrics import batch_metrics
 from megatron_groupdpo.run.prefetch import Prefetcher
 from megatron_groupdpo.run.proofs import (
+    calibrate_fp8,
     check_gradient,
     check_replicas,
     check_scores,
@@ -57,6 +58,7 @@ def train(run: Run) -> Progress:
 def _train(run: Run, batches: Prefetcher, logger: RunLogger | None) -> Progress:
     planned = batches.batch(run.progress.consumed_groups)
     print_start(run, planned)
+    calibrate_fp8(run, planned)
     if run.starts_from_reference:
         check_step0_identity(run, planned)
     if run.progress.iteration == 0 and run.config.training.eval_interval is not None:
@@ -87,7 +89,9 @@ def _iteration(
     size = run.config.training.global_batch_size
     ref_logps_R = reference_logps(run, planned)
     proofs = verify_gradient(run, planned, ref_logps_R, progress.iteration + 1) if verify else {}
-    outcome = accumulate_gradient(run.policy.engine, planned.microbatches, planned.batch, ref_logps_R, run.loss)
+    engine = run.policy.engine
+    with engine.step():
+        outcome = accumulate_gradient(engine, planned.microbatches, planned.batch, ref_logps_R, run.loss)
     check_scores(run, planned, outcome, progress.iteration + 1)
     lr = run.updater.lr
     grad_norm = run.updater.step(size)

@@ -14,9 +14,7 @@ from megatron_groupdpo.mcore.checkpoint import check_same_model, find_checkpoint
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.reference.score import score_groups
 from megatron_groupdpo.run.batches import BatchSource
-
-FP32_LOGP_TOLERANCE, BF16_LOGP_TOLERANCE = 1e-4, 2e-2
-"""Between two layouts, of a log-probability per token of its response."""
+from megatron_groupdpo.run.tolerances import logp_tolerance, shown
 
 
 def probe_reference(
@@ -60,7 +58,7 @@ def probe_reference(
     if policy.ranks.is_logger:
         print(
             f"reference: {num_groups} groups scored again by {folder}; largest difference {max(gaps):.1e} per token, "
-            f"tolerance {logp_tolerance(config):.0e}",
+            f"{shown(logp_tolerance(config))}",
             flush=True,
         )
     return None
@@ -79,17 +77,13 @@ def _check_groups(
         worst = int(gaps_R.argmax())  # of NaN and numbers, NaN
         found[:] = torch.stack([gaps_R[worst], logps_R[worst], stored_R[worst], gaps_R.new_tensor(worst)])
     per_token, ours, theirs, worst = policy.ranks.broadcast_from_last_stage(found).tolist()
-    if not per_token <= logp_tolerance(config):
+    tolerance = logp_tolerance(config)
+    if tolerance is not None and not per_token <= tolerance:
         row, k = (int(place) for place in (batch.flat_index_GK == int(worst)).nonzero()[0])
         raise DataError(
             f"{source.dataset.where(group_ids[row])}: response {k} has reference log-probability {theirs:.6f} in "
             f"{config.objective.reference_logprobs}, but {ours:.6f} by {folder}, whose weights scored it "
-            f"({per_token:.2e} per token, tolerance {logp_tolerance(config):.0e}); score the data anew into an empty "
-            "folder with tools/score_reference.py"
+            f"({per_token:.2e} per token, tolerance {tolerance:.0e}); score the data anew into an empty folder with "
+            "tools/score_reference.py"
         )
     return per_token
-
-
-def logp_tolerance(config: TrainConfig) -> float:
-    """Between two layouts at this precision, per token."""
-    return BF16_LOGP_TOLERANCE if config.precision.bf16 else FP32_LOGP_TOLERANCE

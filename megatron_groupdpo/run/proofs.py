@@ -12,11 +12,11 @@ from megatron_groupdpo.mcore.digest import differing_replicas
 from megatron_groupdpo.mcore.gradient import PlainEngine, gradient_pieces
 from megatron_groupdpo.run.batches import PlannedBatch
 from megatron_groupdpo.run.build import Run
-from megatron_groupdpo.run.probe import logp_tolerance
+from megatron_groupdpo.run.tolerances import drift_threshold, gradient_tolerance, logp_tolerance, shown
 from megatron_groupdpo.step.coefficients import group_loss
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
 from megatron_groupdpo.step.train_step import StepResult, accumulate_gradient
-from megatron_groupdpo.step.verify import BF16_TOLERANCE, FP32_TOLERANCE, choose_groups, compare_gradients
+from megatron_groupdpo.step.verify import choose_groups, compare_gradients
 
 
 def reference_logps(run: Run, planned: PlannedBatch) -> torch.Tensor:
@@ -25,6 +25,19 @@ def reference_logps(run: Run, planned: PlannedBatch) -> torch.Tensor:
         return planned.ref_logps_R
     logps_R = run.reference_policy.engine.score(planned.microbatches, planned.batch.num_responses)
     return planned.ref_logps_R if logps_R is None else logps_R
+
+
+def calibrate_fp8(run: Run, planned: PlannedBatch) -> None:
+    """Set the first scales of delayed scaling on the first batch, without an update; nothing where there are some."""
+    if run.config.precision.fp8_recipe != "delayed":
+        return
+    ref_logps_R = reference_logps(run, planned)
+    engine = run.policy.engine
+    rounds = engine.calibrate(
+        lambda: accumulate_gradient(engine, planned.microbatches, planned.batch, ref_logps_R, run.loss)
+    )
+    if rounds and run.ranks.is_logger:
+        print(f"fp8: scales of delayed scaling set by {rounds} steps on the first batch, without an update", flush=True)
 
 
 def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
@@ -41,7 +54,9 @@ def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
         return
     ref_logps_R = reference_logps(run, planned)
     logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
-    tolerance = logp_tolerance(run.config)
+    enforced = logp_tolerance(run.config)
+    tolerance = math.inf if enforced is None else enforced
+    per_response = 0.0 if enforced is None else enforced
     findings = torch.zeros(7, dtype=torch.float64, device=run.ranks.device)
     if logps_R is not None:
         ref_logps_R = ref_logps_R.to(logps_R.device)
@@ -59,7 +74,7 @@ def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
                 found.scores_R.abs().max(),
                 found.preference_loss,
                 closed_form.preference_loss,
-                (closed_form.weights_R.abs() * tolerance * num_tokens_R.sqrt()).sum(),
+                (closed_form.weights_R.abs() * per_response * num_tokens_R.sqrt()).sum(),
             ]
         )
     per_token, ours, theirs, score, loss, expected, allowed = run.ranks.broadcast_from_last_stage(findings).tolist()
@@ -69,7 +84,7 @@ def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
             f"the policy starts with the reference's weights, but a response has log-probability {ours:.6f} here and "
             f"{theirs:.6f} in the reference ({per_token:.2e} per token, tolerance {tolerance:.0e}); {way_out}"
         )
-    if not abs(loss - expected) <= allowed:
+    if enforced is not None and not abs(loss - expected) <= allowed:
         raise UserError(
             f"the policy starts with the reference's weights, but the preference loss is {loss:.8f}, not its closed "
             f"form {expected:.8f} (difference {abs(loss - expected):.2e}, tolerance {allowed:.2e}), though no response "
@@ -78,7 +93,7 @@ def check_step0_identity(run: Run, planned: PlannedBatch) -> None:
     if run.ranks.is_logger:
         print(
             f"step 0: policy = reference; largest score {score:.1e}, {per_token:.1e} per token; preference loss "
-            f"{loss:.6f}, closed form {expected:.6f}, tolerance {allowed:.1e}",
+            f"{loss:.6f}, closed form {expected:.6f}, {shown(enforced and allowed)}",
             flush=True,
         )
 
@@ -108,7 +123,7 @@ def verify_gradient(
         device=run.ranks.device,
     )
     engine.zero_gradient()
-    tolerance = BF16_TOLERANCE if run.config.precision.bf16 else FP32_TOLERANCE
+    tolerance = gradient_tolerance(run.config)
     numbers = (
         f"||difference|| {gap.difference_norm:.3e} / ||one graph|| {gap.coupled_norm:.6e} = {gap.relative:.2e}, "
         f"two passes {gap.decoupled_norm:.6e}, tolerance {tolerance:.0e}; {len(groups)} groups, "
@@ -145,11 +160,13 @@ def check_scores(run: Run, planned: PlannedBatch, outcome: StepResult | None, it
             f"the first in the group of {run.train.dataset.where(planned.group_ids[group])}; lower --lr, or look at "
             "the checkpoint the run started from. Nothing was updated."
         )
-    threshold = run.config.training.score_drift_threshold
+    longest = int(planned.batch.num_tokens_R.max()) if planned.batch.num_responses else 0
+    threshold = drift_threshold(run.config, longest)
     if threshold is not None and drift > threshold:
+        name = "score_drift_threshold" if run.config.training.score_drift_threshold else "FP8's default threshold"
         raise UserError(
-            f"iteration {iteration}: scores of the two passes differ by {drift:.3e}, more than score_drift_threshold "
-            f"{threshold:.3e}; the gradient would not be that of the loss. Nothing was updated."
+            f"iteration {iteration}: scores of the two passes differ by {drift:.3e}, more than {name} {threshold:.3e}; "
+            "the gradient would not be that of the loss. Nothing was updated."
         )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from megatron_groupdpo import objectives
+from megatron_groupdpo.config.fp8 import precision_name
 from megatron_groupdpo.data.sampler import BlendedSampler
+from megatron_groupdpo.mcore.optimizer import optimizer_origin
 from megatron_groupdpo.run.batches import PlannedBatch
 from megatron_groupdpo.run.build import Run
+
+_LAYERS = {"local": "local", "transformer_engine": "Transformer Engine's"}
 
 
 def print_start(run: Run, first: PlannedBatch) -> None:
@@ -37,7 +41,9 @@ def print_start(run: Run, first: PlannedBatch) -> None:
     ]
     equation = objectives.get_objective(loss.objective).equation
     lines = [
-        f"layout      {', '.join([layout, *extras])}, {'bf16' if config.precision.bf16 else 'fp32'}",
+        f"layout      {', '.join([layout, *extras])}, {precision_name(config.precision)}",
+        f"kernels     {_LAYERS[run.policy.transformer_impl]} layers, attention {config.precision.attention_backend}, "
+        f"{optimizer_origin(run.updater.optimizer)}",
         f"model       {num_parameters:,} parameters, vocabulary {run.policy.model.vocab_size}",
         f"weights     {run.weights_from or 'initial ones, drawn from the seed'}",
         f"data        {len(run.train.group_ids):,} groups to train on"
@@ -83,7 +89,7 @@ def _oddities(run: Run, first: PlannedBatch) -> list[str]:
         found.append(f"only {two_sided} of {batch.num_groups} groups of the first batch have both sides")
     if not batch.num_responses:
         found.append("no response of the first batch gets a pass")
-    if config.training.score_drift_threshold is None and config.precision.bf16:
+    if config.training.score_drift_threshold is None and precision_name(config.precision) == "bf16":
         found.append("score_drift_threshold is not set: drift between the passes is only reported")
     if config.checkpoint.load is not None and run.progress.iteration == 0 and not config.checkpoint.finetune:
         found.append(f"load {config.checkpoint.load} holds no checkpoint yet: the run starts at iteration 0")

@@ -1,0 +1,126 @@
+"""FP8 and fused kernels: padding, which options go together, and the name of a precision."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+from megatron_groupdpo.config.machine_sections import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config.train_config import TrainConfig
+from megatron_groupdpo.fp8_recipes import TILE
+
+def row_multiple(context_parallel_size: int) -> int:
+    """A packed response is padded to a multiple of this: context parallelism cuts each into two chunks a rank."""
+    return 2 * context_parallel_size if context_parallel_size > 1 else 1
+
+
+def length_multiple(parallel: ParallelConfig, precision: PrecisionConfig | None = None) -> int:
+    """The length of a microbatch, padded row or packed, is a multiple of this.
+
+    Context parallelism cuts it into two chunks a rank, sequence parallelism cuts what is left; with FP8 what is left
+    then holds whole tiles.
+    """
+    cp = parallel.context_parallel_size
+    shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    multiple = row_multiple(cp) * shards
+    if precision is None or precision.fp8_format is None:
+        return multiple
+    assert precision.fp8_recipe is not None
+    return math.lcm(multiple, TILE[precision.fp8_recipe] * cp * shards)
+
+
+def fp8_problems(config: TrainConfig) -> Iterator[str]:
+    """What FP8 asks of the other fields."""
+    precision, recipe = config.precision, config.precision.fp8_recipe
+    if precision.fp8_format is None:
+        if recipe is not None:
+            yield f"fp8_recipe ({recipe}) is set and fp8_format is not; add fp8_format e4m3 or hybrid."
+        return
+    if recipe is None:
+        yield "fp8_format is set and fp8_recipe is not; choose tensorwise, blockwise, delayed or mxfp8."
+        return
+    if not precision.bf16:
+        yield "fp8_format needs bf16: FP8 is used inside matrix products only; add --bf16."
+    if config.model.transformer_impl == "local":
+        yield "fp8_format needs Transformer Engine and transformer_impl is 'local'; use auto or transformer_engine."
+    if config.parallel.device == "cpu":
+        yield "fp8_format needs a GPU and device is 'cpu'; leave it out, or set device to cuda."
+    if precision.first_last_layers_bf16 and recipe == "delayed":
+        yield (
+            "first_last_layers_bf16 does not go with fp8_recipe 'delayed': Transformer Engine collects the maxima of "
+            "one FP8 region a pass, which layers in bf16 would cut into several; use tensorwise, or leave it out."
+        )
+    if precision.first_last_layers_bf16:
+        bf16_layers = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
+        if bf16_layers >= config.model.num_layers:
+            yield (
+                f"num_layers_at_start_in_bf16 + num_layers_at_end_in_bf16 ({bf16_layers}) leave none of num_layers "
+                f"({config.model.num_layers}) to FP8; lower them, or leave fp8_format out."
+            )
+    if config.objective.reference_offload and recipe == "delayed":
+        yield (
+            "reference_offload does not go with fp8_recipe 'delayed': the reference is scored in bf16, and offloaded "
+            "it would use the policy's FP8 layers; leave it out, or use another recipe."
+        )
+    if config.training.verify_gradients and config.training.gradient_tolerance is None:
+        yield (
+            "verify_gradients needs gradient_tolerance with FP8: none was measured yet; give one (bf16 has 1e-1), or "
+            "set verify_gradients to 0."
+        )
+    for name, size in linear_sizes(config.model, config.parallel).items():
+        if size % TILE[recipe]:
+            yield (
+                f"fp8_recipe {recipe!r} needs linear layers whose sizes on a rank are multiples of {TILE[recipe]}: "
+                f"{name} has {size}; change the model or tensor_model_parallel_size, or leave fp8_format out."
+            )
+
+
+def linear_sizes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, int]:
+    """Dimensions of the linear layers' weights on one tensor-parallel rank, by name; biases and norms stay in bf16."""
+    tp = parallel.tensor_model_parallel_size
+    heads = model.num_attention_heads
+    head = model.kv_channels or model.hidden_size // heads
+    groups = model.num_query_groups or heads
+    ffn = model.ffn_hidden_size or 4 * model.hidden_size
+    return {
+        "hidden_size": model.hidden_size,
+        "queries, keys and values together": (heads // tp + 2 * max(1, groups // tp)) * head,
+        "the attention's output": heads // tp * head,
+        "ffn_hidden_size": ffn // tp,
+    }
+
+
+def kernel_problems(config: TrainConfig) -> Iterator[str]:
+    """Options of Transformer Engine's layers, where it is known already that there are none."""
+    precision = config.precision
+    local = config.model.transformer_impl == "local" or config.parallel.device == "cpu"
+    reason = "device is 'cpu'" if config.parallel.device == "cpu" else "transformer_impl is 'local'"
+    if precision.attention_backend in ("flash", "fused", "unfused") and local:
+        yield (
+            f"attention_backend {precision.attention_backend!r} is Transformer Engine's and {reason}; use auto or "
+            f"local."
+        )
+    if precision.attention_backend in ("flash", "fused") and not precision.bf16:
+        yield f"attention_backend {precision.attention_backend!r} needs bf16; add --bf16, or use auto."
+    if precision.gradient_accumulation_fusion and config.parallel.device == "cpu":
+        yield "gradient_accumulation_fusion needs a GPU and device is 'cpu'; leave it out."
+
+
+def precision_name(precision: PrecisionConfig) -> str:
+    """What log-probabilities depend on besides the weights: equal names, comparable numbers."""
+    if precision.fp8_format is None:
+        return "bf16" if precision.bf16 else "fp32"
+    name = f"fp8-{precision.fp8_format}-{precision.fp8_recipe}"
+    if precision.first_last_layers_bf16:
+        name += f"-bf16-{precision.num_layers_at_start_in_bf16}-{precision.num_layers_at_end_in_bf16}"
+    return name
+
+
+def reference_precision(precision: PrecisionConfig) -> PrecisionConfig:
+    """That of the reference: the policy's; but bf16 under delayed scaling, whose function moves with its history."""
+    if precision.fp8_recipe != "delayed":
+        return precision
+    plain = PrecisionConfig()
+    fp8 = [field.name for field in dataclasses.fields(plain) if field.name.startswith("fp8_")]
+    return dataclasses.replace(precision, **{name: getattr(plain, name) for name in fp8})

@@ -1,0 +1,36 @@
+"""FP8 recipes: what they ask of shapes and of the GPU. Needs nothing but Python.
+
+Sizes are Transformer Engine 2.11's: a tensor is quantized if its last dimension is a multiple of 16 and the others'
+product of 8 (``pytorch/utils.py``, ``assert_dim_for_fp8_exec``), and the weight gradient, whose inner dimension is the
+tokens, needs 16 (``pytorch/quantization.py``, ``get_align_size_for_quantization``: 32 for mxfp8). The blocks of mxfp8
+have 32 elements, those of blockwise 128; what sequence parallelism gathers must hold whole blocks in both directions
+(``tensor/mxfp8_tensor.py`` and ``tensor/float8_blockwise_tensor.py``, ``is_quantizable``). Blocks are kept whole on
+every layout, so that which tokens share one does not depend on it.
+"""
+
+from __future__ import annotations
+
+TILE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+"""By recipe: tokens of a rank, and both dimensions of a rank's weights, are multiples of this."""
+
+_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+def fp8_recipes(capability: tuple[int, int]) -> tuple[str, ...]:
+    """FP8 recipes of Transformer Engine that run on a device of this compute capability.
+
+    Source: ``check_recipe_support`` in its ``pytorch/quantization.py``; 12.0 has no mxfp8 for all layouts.
+    """
+    able = (recipe for recipe, least in _CAPABILITY.items() if capability >= least)
+    return tuple(recipe for recipe in able if recipe != "mxfp8" or capability < (12, 0))
+
+
+def recipe_problem(recipe: str, capability: tuple[int, int]) -> str | None:
+    """Why a device cannot run a recipe, with the way out; None: it can."""
+    able = fp8_recipes(capability)
+    if recipe in able:
+        return None
+    needs = f"compute capability {'.'.join(map(str, _CAPABILITY[recipe]))}" + (" to 11" if recipe == "mxfp8" else "")
+    way_out = f"choose {', '.join(able)}" if able else "train in bf16"
+    here = ".".join(map(str, capability))
+    return f"fp8_recipe {recipe!r} needs a GPU of {needs}, this one has {here}; {way_out}"
