@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -253,14 +254,13 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
 
 def _leave_out_absent_state(folder: Path, state: dict[str, Any]) -> None:
     """Transformer Engine's modules keep their scales as extra state, which a checkpoint of others lacks."""
-    saved = dist_checkpointing.load_sharded_metadata(str(folder))
-    for name, chunk_state in state.items():
-        if name.startswith("model"):
-            state[name] = {
-                key: entry
-                for key, entry in chunk_state.items()
-                if not isinstance(entry, ShardedObject) or entry.unique_key in saved
-            }
+    saved: Any = load_sharded_metadata(str(folder))
+    for name in [name for name in state if name.startswith("model")]:
+        state[name] = {
+            key: entry
+            for key, entry in state[name].items()
+            if not isinstance(entry, ShardedObject) or entry.unique_key in saved
+        }
 
 
 def _read(folder: Path, state: dict[str, Any]) -> Any:

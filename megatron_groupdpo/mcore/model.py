@@ -188,7 +188,7 @@ def build_model(
     chunks = []
     for stage in range(num_chunks or 1):
         vp_stage = stage if num_chunks else None
-        spec = (
+        spec: Any = (
             fused_layer_spec(
                 model,
                 config,

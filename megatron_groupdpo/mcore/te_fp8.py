@@ -137,7 +137,7 @@ class TransformerEngineState:
         for chunk in self._chunks:
             for module in chunk.modules():
                 for key in ("scaling_fwd", "scaling_bwd"):
-                    state = getattr(module, "fp8_meta", {}).get(key)
+                    state: Any = getattr(module, "fp8_meta", {}).get(key)
                     if hasattr(state, "amax_history"):
                         yield 1.0, state.scale
                         yield 0.0, state.amax_history
