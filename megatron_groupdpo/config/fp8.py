@@ -10,6 +10,7 @@ from megatron_groupdpo.config.machine_sections import ModelConfig, ParallelConfi
 from megatron_groupdpo.config.train_config import TrainConfig
 from megatron_groupdpo.fp8_recipes import TILE
 
+
 def row_multiple(context_parallel_size: int) -> int:
     """A packed response is padded to a multiple of this: context parallelism cuts each into two chunks a rank."""
     return 2 * context_parallel_size if context_parallel_size > 1 else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -152,6 +153,10 @@ def shut_down() -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
 
+    if "transformer_engine" in sys.modules:
+        from megatron_groupdpo.mcore.te_fp8 import forget_models
+
+        forget_models()
     parallel_state.destroy_model_parallel()
     megatron_random._CUDA_RNG_STATE_TRACKER = None
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False

@@ -143,6 +143,11 @@ class TransformerEngineState:
                         yield 0.0, state.amax_history
 
 
+def forget_models() -> None:
+    """Empty Transformer Engine's global buffers, which name the scales and process groups of this process's models."""
+    _manager().reset()
+
+
 def _manager() -> Any:
     from transformer_engine.pytorch.quantization import (  # pyright: ignore[reportMissingImports]
         FP8GlobalStateManager,

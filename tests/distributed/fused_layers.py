@@ -1,6 +1,6 @@
 """Runs on the ranks: the layout of modules of Transformer Engine's spec, made of Megatron's own on the CPU.
 
-``NormColumn`` stands for the one module without a local counterpart, Transformer Engine's norm and column-parallel linear
+``NormColumn`` stands for the one module without a local counterpart, Transformer Engine's norm and column-parallel
 layer in one, with its names. What this shows is the spec: which norm goes where, names and shards in checkpoints. What
 Transformer Engine's modules compute is for tests/gpu.
 """

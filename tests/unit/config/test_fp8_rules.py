@@ -122,7 +122,10 @@ def test_every_recipe_is_accepted_as_a_configuration(recipe: str, format_: str):
         ({"fp8_amax_history_len": 4}, "fp8_recipe is not delayed"),
         ({"num_layers_at_end_in_bf16": 2}, "first_last_layers_bf16 is off"),
         ({"fp8_format": None}, "fp8_recipe (tensorwise) is set and fp8_format is not"),
-        ({"attention_backend": "fused", "transformer_impl": "local"}, "attention_backend 'fused' is Transformer Engine's"),
+        (
+            {"attention_backend": "fused", "transformer_impl": "local"},
+            "attention_backend 'fused' is Transformer Engine's",
+        ),
         ({"attention_backend": "flash", "bf16": False}, "attention_backend 'flash' needs bf16"),
         ({"apply_rope_fusion": True}, "position_embedding_type is not rope"),
         ({"gradient_tolerance": 0.5}, "verify_gradients is 0"),
@@ -144,7 +147,7 @@ def test_the_reference_is_scored_in_the_policys_precision_but_not_with_its_delay
 
 
 def te_partition(bounds: list[int], rank: int, size: int) -> list[int]:
-    """Transformer Engine's ``thd_get_partitioned_indices``, one token at a time (``fused_attn/context_parallel.cu``)."""
+    """Transformer Engine's ``thd_get_partitioned_indices``, token by token (``fused_attn/context_parallel.cu``)."""
     local = [bound // size for bound in bounds]
     places = []
     for token in range(local[-1]):

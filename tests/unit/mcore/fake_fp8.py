@@ -1,7 +1,7 @@
 """A stand-in for FP8 linear layers on the CPU: quantize, dequantize, and keep state by Transformer Engine's rules.
 
-Delayed scaling as it computes it (``pytorch/quantization.py``): a quantizer divides by no scale of its own making; row 0
-of its history collects the largest magnitude it saw; an update takes the amax of the history, sets
+Delayed scaling as it computes it (``pytorch/quantization.py``): a quantizer uses the scale it is given, and row 0 of
+its history collects the largest magnitude it saw; an update takes the amax of the history, sets
 ``scale = fp8_max / amax / 2^margin`` unless amax is 0 or not finite, rolls the history up by one row and clears row 0.
 Left alone, the library updates after every forward with gradients and after every backward.
 """
@@ -125,7 +125,9 @@ class FakeFp8Product:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, x_fp8: Tensor, weight_fp8: Tensor, layer: FakeFp8Product) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, x_fp8: Tensor, weight_fp8: Tensor, layer: FakeFp8Product
+    ) -> Tensor:
         ctx.save_for_backward(x_fp8, weight_fp8)
         ctx.layer = layer
         return x_fp8 @ weight_fp8.t()

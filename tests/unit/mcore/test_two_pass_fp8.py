@@ -1,4 +1,4 @@
-"""Both passes of a step see one FP8 function: the contract of ``mcore/fp8.py``, on stand-ins with the recipes' state."""
+"""Both passes of a step see one FP8 function: the contract of ``mcore/fp8.py``, on a stand-in for the layers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTH, VOCAB = 16, 50
 class TinyEngine:
     """Two residual blocks of FP8 products over running means of embeddings; a microbatch is a list of rows.
 
-    ``frozen`` drives the library through :class:`TwoPassScaling`; otherwise it is left to itself, as Transformer Engine.
+    ``frozen`` drives the library through :class:`TwoPassScaling`; otherwise it is left to itself.
     """
 
     def __init__(self, recipe: str = "delayed", *, frozen: bool = True) -> None:
@@ -71,7 +71,9 @@ class TinyEngine:
         return [self.embedding, self.output, *self.weights]
 
     def gradient(self) -> Tensor:
-        return torch.cat([p.grad.flatten() if p.grad is not None else p.detach().flatten() * 0 for p in self.parameters()])
+        return torch.cat(
+            [p.grad.flatten() if p.grad is not None else p.detach().flatten() * 0 for p in self.parameters()]
+        )
 
     def _logps(self, rows: Sequence[ResponseRow]) -> Tensor:
         states, targets, owners = [], [], []

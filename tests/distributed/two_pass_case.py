@@ -1,0 +1,169 @@
+"""One model, one batch, both passes, on any device and precision: what tests/gpu compares, and its CPU sibling runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.data.batch import build_batch
+from megatron_groupdpo.data.microbatches import build_microbatches
+from megatron_groupdpo.data.planner import plan_batch, plan_options, plan_whole_groups
+from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.mcore.policy import Policy, build_policy
+from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
+from megatron_groupdpo.step.coefficients import LossOptions
+from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
+from megatron_groupdpo.step.train_step import StepResult, accumulate_gradient
+from megatron_groupdpo.types import GroupBatch
+
+MODEL: dict[str, Any] = {
+    "num_layers": 4,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": 64,
+    "ffn_hidden_size": 512,
+    "vocab_size": 61,  # that of group_samples
+    "max_position_embeddings": 256,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+    "untie_embeddings_and_output_weights": True,
+    "init_method_std": 0.05,
+}
+"""Sizes that every FP8 recipe takes: multiples of 128."""
+LOSS = LossOptions(
+    objective="all_pairs", beta=0.1, score_average=False, nll_coeff=0.1, nll_average="response", one_sided_nll=False
+)
+_ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+
+
+@contextmanager
+def one_rank(device: str) -> Iterator[Ranks]:
+    """Megatron's groups for one process; attention backends may be chosen anew afterwards."""
+    for name in _ATTENTION:
+        os.environ.pop(name, None)
+    ranks = initialize(ParallelConfig(device=device), seed=1)  # type: ignore[arg-type]
+    try:
+        yield ranks
+    finally:
+        shut_down()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a comparison varies."""
+
+    model: Mapping[str, Any]
+    precision: Mapping[str, Any]
+    transformer_impl: str = "auto"
+    packed: bool = False
+    micro_batch_size: int = 3
+
+
+class Runner:
+    """A policy with seeded weights (equal in every case of one model) and a batch."""
+
+    def __init__(self, case: Case, ranks: Ranks) -> None:
+        from group_samples import make_samples, reference_logps
+
+        self.case = case
+        parallel, precision = ParallelConfig(), PrecisionConfig(**case.precision)
+        model = ModelConfig(**MODEL | dict(case.model), transformer_impl=case.transformer_impl)  # type: ignore[arg-type]
+        self.policy: Policy = build_policy(model, parallel, precision, ranks, seed=7, training=True)
+        self.engine = self.policy.engine
+        options = OptimizerConfig(lr=1e-3, lr_decay_style="constant")
+        optimizer = build_optimizer(self.policy.chunks, options, parallel, precision)
+        schedule = build_lr_schedule(optimizer, options, warmup_groups=0, decay_groups=1000)
+        self.updater = Updater(optimizer, schedule)
+        size: dict[str, Any] = (
+            {"max_tokens_per_microbatch": 256} if case.packed else {"micro_batch_size": case.micro_batch_size}
+        )
+        self.plan = plan_options(parallel, precision=precision, data_parallel_size=1, **size)
+        samples = make_samples(6)
+        keys_G = torch.arange(len(samples))
+        self.batch: GroupBatch = build_batch(
+            samples, group_keys_G=keys_G, needs_pass=lambda given: given["labels_GK"] != 0
+        )
+        self.ref_logps_R = torch.from_numpy(reference_logps(samples))[self.batch.response_ids_R]
+        self.microbatches = build_microbatches(plan_batch(self.batch, self.plan), self.plan, rank=0)
+
+    def passes(self) -> StepResult:
+        """Both passes; the gradient is left in the buffers."""
+        outcome = accumulate_gradient(self.engine, self.microbatches, self.batch, self.ref_logps_R, LOSS)
+        assert outcome is not None
+        return outcome
+
+    def step(self) -> StepResult:
+        """As the training loop makes it, calibration included, without the update."""
+        self.engine.calibrate(self.passes)
+        with self.engine.step():
+            return self.passes()
+
+    def coupled(self) -> torch.Tensor:
+        """Gradient of the one graph."""
+        whole = build_microbatches(plan_whole_groups(self.batch, self.plan), self.plan, rank=0)
+        accumulate_coupled_gradient(self.engine, whole, self.batch, self.ref_logps_R, LOSS)
+        return self.gradient()
+
+    def gradient(self) -> torch.Tensor:
+        """[parameters] float64, in an order that both layer specs share."""
+        named = {
+            name.replace("linear_qkv.layer_norm_", "norm_in.").replace("linear_fc1.layer_norm_", "norm_mlp."): parameter
+            for name, parameter in self.policy.chunks[0].named_parameters()
+        }
+        aliases = {"input_layernorm.": "self_attention.norm_in.", "pre_mlp_layernorm.": "mlp.norm_mlp."}
+        for name in list(named):
+            for local, fused in aliases.items():
+                if local in name:
+                    named[name.replace(local, fused)] = named.pop(name)
+        return torch.cat([named[name].main_grad.detach().double().flatten().cpu() for name in sorted(named)])
+
+
+def agreement(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
+    """Cosine, and the norm of the difference relative to ``wanted``'s."""
+    cosine = torch.nn.functional.cosine_similarity(found, wanted, dim=0)
+    return float(cosine), float((found - wanted).norm() / wanted.norm())
+
+
+def packed_against_padded(device: str, precision: Mapping[str, Any], transformer_impl: str) -> dict[str, Any]:
+    """The same groups in packed and in padded microbatches: per-token log-probabilities and gradients."""
+    with one_rank(device) as ranks:
+        results = []
+        for packed in (False, True):
+            runner = Runner(
+                Case(model={}, precision=precision, transformer_impl=transformer_impl, packed=packed), ranks
+            )
+            outcome = runner.step()
+            results.append((outcome.logps_R.cpu(), runner.gradient(), runner.batch.num_tokens_R))
+        (padded_R, padded, tokens_R), (packed_R, gradient, _) = results
+        cosine, gap = agreement(gradient, padded)
+        return {"logp_gap": float(((packed_R - padded_R).abs() / tokens_R).max()), "cosine": cosine, "gap": gap}
+
+
+def contract(device: str, precision: Mapping[str, Any], *, num_steps: int = 3) -> dict[str, Any]:
+    """Drift of several steps with updates, and the two passes' gradient against the one graph's after them."""
+    with one_rank(device) as ranks:
+        runner = Runner(Case(model={}, precision=precision), ranks)
+        drifts = []
+        for _ in range(num_steps):
+            drifts.append(runner.step().score_drift)
+            assert runner.updater.step(runner.batch.num_groups) > 0
+        decoupled_outcome = runner.passes()
+        decoupled = runner.gradient()
+        cosine, gap = agreement(decoupled, runner.coupled())
+        again = runner.passes()  # the passes in between left no trace
+        return {
+            "drifts": drifts,
+            "cosine": cosine,
+            "gap": gap,
+            "repeats": bool(torch.equal(decoupled_outcome.logps_R, again.logps_R)),
+            "repeats_gradient": agreement(runner.gradient(), decoupled)[1],
+        }
