@@ -25,9 +25,8 @@ def length_multiple(parallel: ParallelConfig, precision: PrecisionConfig | None 
     cp = parallel.context_parallel_size
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     multiple = row_multiple(cp) * shards
-    if precision is None or precision.fp8_format is None:
+    if precision is None or precision.fp8_format is None or precision.fp8_recipe is None:
         return multiple
-    assert precision.fp8_recipe is not None
     return math.lcm(multiple, TILE[precision.fp8_recipe] * cp * shards)
 
 
