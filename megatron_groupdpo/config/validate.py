@@ -17,6 +17,7 @@ from megatron_groupdpo.config.derived import (
 )
 from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
+from megatron_groupdpo.config.speed_rules import speed_problems
 from megatron_groupdpo.config.train_config import TrainConfig
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.objectives import get_objective, hyperparameters_for
@@ -42,6 +43,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *_optimizer_problems(config),
             *_data_problems(config),
             *_checkpoint_problems(config),
+            *speed_problems(config),
             *_idle_fields(config),
             *_not_yet_problems(config),
         ]
@@ -390,6 +392,11 @@ _IDLE = (
         fields=("objective.reference_offload",),
         when=lambda c: c.objective.reference != "resident",
         because="reference is not resident",
+    ),
+    _Idle(
+        fields=("logging.profile_step_start", "logging.profile_step_end"),
+        when=lambda c: not c.logging.profile,
+        because="profile is off",
     ),
     _Idle(
         fields=("training.score_drift_threshold",),

@@ -17,6 +17,7 @@ from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights, re
 from megatron_groupdpo.mcore.digest import count_parameters, weights_digest
 from megatron_groupdpo.mcore.engine import MegatronEngine
 from megatron_groupdpo.mcore.init import initialize_weights
+from megatron_groupdpo.mcore.logprobs import choose_fused
 from megatron_groupdpo.mcore.model import build_model, transformer_config, wrap_for_inference, wrap_for_training
 from megatron_groupdpo.mcore.setup import Ranks
 
@@ -71,7 +72,13 @@ def build_policy(
     initialize_weights(chunks, model, seed=seed)
     wrapped = wrap_for_training(chunks, config, parallel) if training else wrap_for_inference(chunks, config)
     engine = MegatronEngine(
-        wrapped, config, ranks, vocab_size=model.vocab_size, log_probs_chunk_size=precision.log_probs_chunk_size
+        wrapped,
+        config,
+        ranks,
+        vocab_size=model.vocab_size,
+        log_probs_chunk_size=precision.log_probs_chunk_size,
+        fused_logprobs=choose_fused(precision.fused_logprobs, ranks.device),
+        bounds_on_host=transformer_impl == "local",
     )
     return Policy(model=model, config=config, ranks=ranks, chunks=wrapped, engine=engine)
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-PARTS = ("data", "scoring", "coefficients", "backward", "optimizer")
+PARTS = ("data", "reference", "scoring", "coefficients", "backward", "optimizer")
 """In the order of the step."""
 
 
