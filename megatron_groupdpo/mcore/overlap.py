@@ -1,7 +1,7 @@
 """Weights whose gather is still under way (``--overlap-param-gather``): who reads them waits first.
 
 The distributed optimizer leaves each rank with its part of the new weights. Megatron gathers the rest when a module's
-forward is about to run, once after each reduction of the gradient: in the scoring pass, and not again in the backward's.
+forward is about to run, once after each reduction of the gradient: in the scoring pass, not in the backward's.
 Whatever reads a weight otherwise must ask here, or it gets the weights of the step before.
 """
 
