@@ -75,7 +75,11 @@ def _gradient(
     outcome = accumulate_gradient(bench.policy.engine, planned.microbatches, planned.batch, reference_R, loss)
     assert outcome is not None
     chunk: Any = bench.policy.chunks[0]
-    gradient = {name: p.main_grad.detach().float().cpu() for name, p in chunk.named_parameters()}
+    # In half precision a wrapper stands around the model.
+    gradient = {
+        name.removeprefix("module.module."): p.main_grad.detach().float().cpu()
+        for name, p in chunk.module.named_parameters(prefix="module" if bench.policy.config.bf16 else "module.module")
+    }
     return outcome.result.weights_R.cpu(), gradient, outcome.score_drift
 
 

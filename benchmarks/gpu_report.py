@@ -133,8 +133,8 @@ def _gradients_section(outcomes: Sequence[Outcome]) -> list[str]:
     lines = [
         "## What a precision does to the step",
         "",
-        "Same batch and weights. Coefficient error: largest difference of a response's weight in pass 2 over the largest "
-        "weight. Gradient: over the whole model.",
+        "Same batch and weights. Coefficient error: largest difference of a response's weight in pass 2, over the "
+        "largest weight. Gradient: over the whole model.",
         "",
         "| precision | against | objective | coefficient error | gradient cosine | gradient relative error | drift |",
         "|---|---|---|---:|---:|---:|---:|",

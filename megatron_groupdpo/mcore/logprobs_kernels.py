@@ -17,20 +17,20 @@ _LOWEST = tl.constexpr(-3.0e38)  # not -inf: the difference of two would be NaN 
 
 
 @triton.jit
-def statistics_kernel(logits, columns, peaks, sums, picked, stride, num_real, BLOCK: tl.constexpr):
+def statistics_kernel(logits, columns, peaks, sums, picked, stride, NUM_REAL: tl.constexpr, BLOCK: tl.constexpr):
     """A row a program: largest logit, sum of exp above it, and the logit at the row's column (0 where it has none)."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     peak = tl.full((), _LOWEST, tl.float32)
     total = tl.full((), 0.0, tl.float32)
-    for start in range(0, num_real, BLOCK):
+    for start in range(0, NUM_REAL, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + at, mask=at < num_real, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + at, mask=at < NUM_REAL, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(peak, tl.max(x, axis=0))
         total = total * tl.exp(peak - higher) + tl.sum(tl.exp(x - higher), axis=0)
         peak = higher
     column = tl.load(columns + row)
-    chosen = tl.load(logits + column, mask=(column >= 0) & (column < num_real), other=0.0).to(tl.float32)
+    chosen = tl.load(logits + column, mask=(column >= 0) & (column < NUM_REAL), other=0.0).to(tl.float32)
     tl.store(peaks + row, peak)
     tl.store(sums + row, total)
     tl.store(picked + row, chosen)

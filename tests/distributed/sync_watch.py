@@ -97,6 +97,11 @@ class SyncWatch(TorchDispatchMode):
 
 
 def _by_mask(args: Any) -> bool:
-    """An index that is a mask has as many elements as it has True: they must be counted first."""
+    """An index that is a mask has as many elements as it has True: they must be counted first.
+
+    Not for writing one number: PyTorch then fills by the mask itself, as Megatron's embedding relies on.
+    """
+    if len(args) > 2 and isinstance(args[2], Tensor) and args[2].numel() == 1:
+        return False
     indices = args[1] if len(args) > 1 and isinstance(args[1], list | tuple) else ()
     return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in indices)

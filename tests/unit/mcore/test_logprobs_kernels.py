@@ -25,8 +25,10 @@ def test_kernel_compiles_for_hopper(name: str, dtype: str, tmp_path: Path, monke
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(logprobs_kernels, name)
     common = {"logits": f"*{dtype}", "columns": "*i64", "peaks": "*fp32", "stride": "i32", "num_real": "i32"}
-    known = common | OWN[name] | {"BLOCK": "constexpr"}
+    known = common | OWN[name] | {"BLOCK": "constexpr", "NUM_REAL": "constexpr"}
     signature = {argument: known[argument] for argument in kernel.arg_names}
-    source = ASTSource(kernel, signature, {"BLOCK": logprobs_kernels.BLOCK_COLUMNS})
+    constants = {"BLOCK": logprobs_kernels.BLOCK_COLUMNS, "NUM_REAL": 50257}
+    used = {argument: value for argument, value in constants.items() if argument in signature}
+    source = ASTSource(kernel, signature, used)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert len(compiled.asm["cubin"]) > 1000
