@@ -77,10 +77,10 @@ def _gradient(
     chunk: Any = bench.policy.chunks[0]
     # In half precision a wrapper stands around the model.
     gradient = {
-        name.removeprefix("module.module."): p.main_grad.detach().float().cpu()
+        name.removeprefix("module.module."): p.main_grad.detach().to("cpu", torch.float32, copy=True)
         for name, p in chunk.module.named_parameters(prefix="module" if bench.policy.config.bf16 else "module.module")
     }
-    return outcome.result.weights_R.cpu(), gradient, outcome.score_drift
+    return outcome.result.weights_R.to("cpu", copy=True), gradient, outcome.score_drift
 
 
 def _gaps(found: tuple[Tensor, dict[str, Tensor]], wanted: tuple[Tensor, dict[str, Tensor]]) -> dict[str, float]:
