@@ -40,7 +40,8 @@ class Part:
 def tests(context: Context) -> Iterator[Point]:
     """``pytest -m gpu``: without a GPU they are collected and skipped, which tests the collection."""
     places = ["tests/unit/step/test_timers.py"] if context.tiny else ["tests"]
-    arguments = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", *places]
+    arguments = [sys.executable, "-m", "pytest", "-m", "gpu", "-o", "addopts=--strict-markers -q", "-rs", *places]
+    arguments += ["-p", "no:cacheprovider"]
     environment = {**os.environ, "OMP_NUM_THREADS": "4", "TOKENIZERS_PARALLELISM": "false"}
     ran = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
     lines = ran.stdout.strip().splitlines()

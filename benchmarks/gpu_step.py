@@ -95,7 +95,8 @@ def precision_of(setting: Setting) -> PrecisionConfig:
     fp8: dict[str, Any] = {}
     if setting.precision.startswith("fp8-"):
         recipe = setting.precision.removeprefix("fp8-")
-        fp8 = {"fp8_format": "e4m3" if recipe == "mxfp8" else "hybrid", "fp8_recipe": recipe}
+        block_scaled = recipe in ("blockwise", "mxfp8")
+        fp8 = {"fp8_format": "e4m3" if block_scaled else "hybrid", "fp8_recipe": recipe}
     bf16 = setting.precision != "fp32"
     return PrecisionConfig(bf16=bf16, fused_logprobs=setting.fused_logprobs, **fp8, **recompute)
 

@@ -40,6 +40,8 @@ class Outcome:
     """What became of a part."""
 
     name: str
+    on: str
+    """Device and scale: what was done on a CPU is not done on a GPU."""
     state: str
     seconds: float
     error: str | None
@@ -88,16 +90,22 @@ def run_suite(args: argparse.Namespace) -> int:
     for index, name in enumerate(names, 1):
         title = f"[{index}/{len(names)}, {time.monotonic() - start:.0f} s] {name}"
         before = read_outcome(folder, name)
+        if before is not None and before["on"] != where(args):
+            before = None
         if before is not None and before["state"] in (DONE, REFUSED) and not args.again:
             print(f"{title}: {before['state']} before, in {before['seconds']:.0f} s", flush=True)
             continue
         left = 60 * args.budget_minutes - (time.monotonic() - start)
         if left < 10:
-            outcome = Outcome(name=name, state=NOT_RUN, seconds=0, error="the budget was spent", machine={}, points=[])
-        else:
-            print(f"{title}: at most {min(left, gpu_parts.PARTS[name].limit_s):.0f} s", flush=True)
-            outcome = start_part(name, args, folder, limit_s=min(left, gpu_parts.PARTS[name].limit_s))
-        write_text(folder / f"{name}.json", json.dumps(asdict(outcome)) + "\n")
+            print(f"{title}: not run, the budget is spent", flush=True)
+            if before is None:
+                spent: dict[str, Any] = {"error": "the budget was spent before it", "machine": {}, "points": []}
+                write_outcome(folder, Outcome(name=name, on=where(args), state=NOT_RUN, seconds=0, **spent))
+            continue
+        limit_s = min(left, gpu_parts.PARTS[name].limit_s)
+        print(f"{title}: at most {limit_s:.0f} s", flush=True)
+        outcome = start_part(name, args, folder, limit_s=limit_s)
+        write_outcome(folder, outcome)
         said = f": {outcome.error.strip().splitlines()[-1]}" if outcome.error else ""
         print(f"    {outcome.state} after {outcome.seconds:.0f} s, {len(outcome.points)} points{said}", flush=True)
         report(args, folder)
@@ -112,7 +120,8 @@ def run_suite(args: argparse.Namespace) -> int:
 def start_part(name: str, args: argparse.Namespace, folder: Path, *, limit_s: float) -> Outcome:
     """A part in a process of its own: its memory ends with it, and so does it when its time is up."""
     points_file, error_file = folder / f"{name}.points.jsonl", folder / f"{name}.error.txt"
-    for file in (points_file, error_file):
+    machine_file = folder / f"{name}.machine.json"
+    for file in (points_file, error_file, machine_file):
         file.unlink(missing_ok=True)
     command = [sys.executable, str(Path(__file__).resolve()), "--run-part", name, "--device", args.device]
     command += ["--scale", args.scale, "--output", str(args.output)]
@@ -136,10 +145,12 @@ def start_part(name: str, args: argparse.Namespace, folder: Path, *, limit_s: fl
     state = FAILED if error else REFUSED if points and len(refusals) == len(points) else DONE
     return Outcome(
         name=name,
+        on=where(args),
         state=state,
         seconds=time.monotonic() - started,
         error=error or (refusals[0] if state == REFUSED else None),
-        machine=machine(args.device),
+        # Asked by the part: here it would open the GPU and keep memory on it.
+        machine=json.loads(machine_file.read_text()) if machine_file.is_file() else {},
         points=points,
     )
 
@@ -149,6 +160,7 @@ def run_part(name: str, args: argparse.Namespace) -> None:
     folder = args.output / "gpu_suite_parts"
     context = gpu_parts.Context(device=args.device, tiny=args.scale == "tiny", output=args.output)
     try:
+        write_text(folder / f"{name}.machine.json", json.dumps(machine(args.device)))
         with (folder / f"{name}.points.jsonl").open("w", encoding="utf-8") as file:
             for point in gpu_parts.PARTS[name].run(context):
                 file.write(json.dumps(point) + "\n")
@@ -157,6 +169,14 @@ def run_part(name: str, args: argparse.Namespace) -> None:
     except BaseException:
         write_text(folder / f"{name}.error.txt", traceback.format_exc())
         raise
+
+
+def where(args: argparse.Namespace) -> str:
+    return f"{args.device}, {args.scale}"
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    write_text(folder / f"{outcome.name}.json", json.dumps(asdict(outcome)) + "\n")
 
 
 def read_outcome(folder: Path, name: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ and the gradient of L is the gradient of ``sum_i k_i log pi(y_i|x)`` with k held
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -63,6 +63,10 @@ class GroupLoss:
     """[R] float64."""
     weights_R: Tensor
     """[R] float64: ``k_i``, the derivative of the loss by each log-probability."""
+
+    def to_host(self) -> GroupLoss:
+        """The same on the host, which waits for it."""
+        return replace(self, **{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
