@@ -35,7 +35,9 @@ class StepProfiler:
         if self._folder is not None and self._running is None and self._first <= iteration < self._end:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             self._running, self._since = profile(activities=activities, record_shapes=True), iteration
-            self._running.__enter__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the profiler, that it forgets its events afterwards
+                self._running.__enter__()
 
     def after(self, iteration: int) -> Path | None:
         """It has run; the trace, if it was the last one of the window."""
@@ -55,7 +57,7 @@ class StepProfiler:
         assert self._running is not None
         running, self._running = self._running, None
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the profiler, that it forgets its events afterwards
+            warnings.simplefilter("ignore")
             running.__exit__(None, None, None)
         return running
 
