@@ -72,7 +72,10 @@ def _gradient(
 ) -> tuple[Tensor, dict[str, Tensor], float | None]:
     """dL/dlogp [R] and the gradient by parameter, on the host."""
     planned = on_device(source.batch(0, len(source.group_ids)), bench.ranks.device)
-    outcome = accumulate_gradient(bench.policy.engine, planned.microbatches, planned.batch, reference_R, loss)
+    given = (bench.policy.engine, planned.microbatches, planned.batch, reference_R, loss)
+    bench.calibrate(lambda: accumulate_gradient(*given))
+    with bench.one_step():
+        outcome = accumulate_gradient(*given)
     assert outcome is not None
     chunk: Any = bench.policy.chunks[0]
     # In half precision a wrapper stands around the model.
@@ -132,12 +135,15 @@ def _train(bench: Bench, context: Context, num_steps: int) -> list[float]:
     source = bench.source(length=context.pick(512, 32), group_size=8, num_groups=2, steps=1)
     loss = replace(LOSS, objective="mpo", beta=BETA)
     planned = on_device(source.batch(0, 2), bench.ranks.device)
+    given = (bench.policy.engine, planned.microbatches, planned.batch)
+    bench.calibrate(lambda: accumulate_gradient(*given, planned.ref_logps_R, loss))
     reference_R = bench.policy.engine.score(planned.microbatches, planned.batch.num_responses)
     assert reference_R is not None
     assert bench.updater is not None
     losses = []
     for _ in range(num_steps):
-        outcome = accumulate_gradient(bench.policy.engine, planned.microbatches, planned.batch, reference_R, loss)
+        with bench.one_step():
+            outcome = accumulate_gradient(*given, reference_R, loss)
         bench.updater.step(2)
         assert outcome is not None
         losses.append(outcome.result.loss)

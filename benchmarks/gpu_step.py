@@ -8,7 +8,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -31,7 +31,7 @@ from megatron_groupdpo.run.flops import step_flops
 from megatron_groupdpo.run.loop import peak_memory_bytes
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
-from megatron_groupdpo.step.timers import StepTimers
+from megatron_groupdpo.step.timers import NO_TIMERS, StepTimers
 from megatron_groupdpo.step.train_step import accumulate_gradient
 
 Mode = Literal["decoupled", "coupled"]
@@ -179,19 +179,29 @@ class Bench:
         with timers("backward"):
             return accumulate_coupled_gradient(self.policy.engine, planned.microbatches, *given)
 
+    def one_step(self) -> AbstractContextManager[None]:
+        """The passes in here belong to one optimizer step: an engine with FP8 sets the scales of the next."""
+        return getattr(self.policy.engine, "step", nullcontext)()
+
+    def calibrate(self, passes: Callable[[], object]) -> None:
+        """Let an engine with FP8 find its first scales."""
+        getattr(self.policy.engine, "calibrate", lambda _: 0)(passes)
+
     def measure(self, mode: Mode, *, length: int, group_size: int, num_groups: int) -> dict[str, Any]:
         """Medians over steps, each with another batch that is on the device already."""
         warm_ups, steps = self.context.pick((2, 3), (1, 1))
         source = self.source(length=length, group_size=group_size, num_groups=num_groups, steps=warm_ups + steps)
         batches = [self._planned(source, mode, index * num_groups, num_groups) for index in range(warm_ups + steps)]
         timers = StepTimers(self.ranks.device)
+        self.calibrate(lambda: self.accumulate(mode, batches[0], source, NO_TIMERS))
         seconds, parts = [], []
         for index, planned in enumerate(batches):
             if index == warm_ups and self.ranks.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             self._synchronize()
             started = time.perf_counter()
-            outcome = self.accumulate(mode, planned, source, timers)
+            with self.one_step():
+                outcome = self.accumulate(mode, planned, source, timers)
             if self.updater is not None:
                 with timers("optimizer"):
                     self.updater.step(num_groups)
