@@ -64,7 +64,7 @@ def statistics(logits_CV: Tensor, columns_C: Tensor, num_real: int) -> tuple[Ten
         sums_C,
         picked_C,
         logits_CV.stride(0),
-        num_real,
+        num_real,  # pyright: ignore[reportArgumentType]
         BLOCK=BLOCK_COLUMNS,  # pyright: ignore[reportArgumentType]
     )
     return peaks_C, sums_C, picked_C
