@@ -32,8 +32,8 @@ invariance: setup  ## The layout-invariance matrix as a table (ARGS=--full for e
 test-slow: setup  ## The full product of cases
 	$(TEST_ENV) $(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
 
-test-gpu: setup  ## The tests that need a CUDA device
-	$(TEST_ENV) $(VENV)/python -m pytest -m gpu $(ARGS)
+test-gpu: $(if $(NO_VENV),,setup)  ## The GPU suite: tests, then measurements (NO_VENV=1 PYTHON=python3: no .venv needed)
+	@PYTHON=$(if $(NO_VENV),$(or $(PYTHON),python3),$(VENV)/python) benchmarks/gpu_suite.sh $(ARGS)
 
 bench-memory: setup  ## Memory against group size, and of the log-probabilities: under 10 minutes on 2 cores
 	$(TEST_ENV) $(VENV)/python benchmarks/memory_vs_group_size.py $(ARGS)

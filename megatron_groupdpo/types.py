@@ -13,7 +13,7 @@ A *score* is what the policy says: ``s = beta * (log pi - log pi_ref)``. The two
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -184,4 +184,10 @@ class Microbatch:
     responses_r: torch.Tensor
     """[r] int64: flat indices (R) of the responses in it; empty in a microbatch that only fills the schedule."""
     cu_seqlens: torch.Tensor | None = None
-    """[n+1] int32 boundaries of packed responses, before context parallelism cuts them; None when padded."""
+    """[n+1] int32, always on the host: boundaries of packed responses before context parallelism cuts them; None when
+    padded."""
+
+    def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Microbatch:
+        """The same with every tensor but ``cu_seqlens``, whose numbers the host reads, moved by ``move``."""
+        names = ("tokens_BS", "position_ids_BS", "hidden_positions_T", "targets_T", "owners_T", "responses_r")
+        return replace(self, **{name: move(getattr(self, name)) for name in names})

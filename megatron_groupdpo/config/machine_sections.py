@@ -137,7 +137,11 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     """Shard the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward still runs."""
+    """Reduce gradients while the backward of the last microbatch still runs."""
+    overlap_param_gather: bool = False
+    """Gather the distributed optimizer's updated weights layer by layer, while the next forward runs."""
+    ddp_bucket_size: PositiveInt | None = None
+    """Parameters reduced (and gathered) at a time, with overlap; none: max(40e6, 1e6 x data-parallel size)."""
     distributed_timeout_minutes: PositiveInt = 10
     """A collective that waits longer ends the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -187,3 +191,5 @@ class PrecisionConfig:
     """Only kernels that give the same bits every time."""
     log_probs_chunk_size: PositiveInt = 1024
     """Response tokens whose logits exist at one time; bounds memory at this x local vocabulary."""
+    fused_logprobs: Literal["auto", "on", "off"] = "auto"
+    """Log-probabilities and their gradient from the logits by Triton kernels; auto: on a GPU that has Triton."""

@@ -197,3 +197,9 @@ class LoggingConfig:
     """Print the console line every so many iterations; metrics.jsonl has every one."""
     log_throughput: bool = False
     """Add TFLOP/s per GPU to the console line."""
+    profile: bool = False
+    """Save a trace of some iterations, by torch.profiler, for each rank in the run's folder (profile/)."""
+    profile_step_start: PositiveInt = 10
+    """First iteration of the trace."""
+    profile_step_end: PositiveInt = 12
+    """The iteration after the last one of the trace."""

@@ -18,6 +18,7 @@ from megatron_groupdpo.config.derived import (
 from megatron_groupdpo.config.fp8 import fp8_problems, kernel_problems, length_multiple
 from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
+from megatron_groupdpo.config.speed_rules import speed_problems
 from megatron_groupdpo.config.train_config import TrainConfig
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.objectives import get_objective, hyperparameters_for
@@ -43,6 +44,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *_optimizer_problems(config),
             *_data_problems(config),
             *_checkpoint_problems(config),
+            *speed_problems(config),
             *_idle_fields(config),
             *_not_yet_problems(config),
         ]
@@ -410,6 +412,11 @@ _IDLE = (
         fields=("training.gradient_tolerance",),
         when=lambda c: c.training.verify_gradients == 0,
         because="verify_gradients is 0",
+    ),
+    _Idle(
+        fields=("logging.profile_step_start", "logging.profile_step_end"),
+        when=lambda c: not c.logging.profile,
+        because="profile is off",
     ),
     _Idle(
         fields=("training.score_drift_threshold",),

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.errors import CheckpointError
+from megatron_groupdpo.mcore.overlap import finish_param_gather
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FORMAT = 1
@@ -119,6 +120,7 @@ def save_checkpoint(
     schedule: OptimizerParamScheduler | None = None,
 ) -> Path:
     """Write ``ROOT/iter_...`` from every rank and then the tracker; returns the folder."""
+    finish_param_gather(chunks)
     folder = iteration_folder(root, progress.iteration)
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from torch import Tensor
 
 from megatron_groupdpo.mcore.init import sharded_tensors
+from megatron_groupdpo.mcore.overlap import finish_param_gather
 from megatron_groupdpo.mcore.setup import Ranks
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -26,6 +27,7 @@ def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.devi
     2^64, so shards may be cut and summed in any way. Rows that pad the vocabulary are left out: how many there are
     depends on the tensor-parallel size.
     """
+    finish_param_gather(chunks)
     total = torch.zeros((), dtype=torch.int64, device=device)
     for shard in _own_shards(chunks):
         total += _shard_hash(shard, vocab_size)
@@ -49,6 +51,7 @@ def differing_replicas(chunks: Sequence[Any], ranks: Ranks) -> str | None:
     group = ranks.dp_cp_group
     if group.size() == 1:
         return None
+    finish_param_gather(chunks)
     named = [(name, p) for chunk in chunks for name, p in parameter_names(chunk).items()]
     own_P = torch.stack([_bits_hash(parameter) for _, parameter in named])
     all_P = [torch.empty_like(own_P) for _ in range(group.size())]

@@ -30,7 +30,9 @@ from megatron_groupdpo.engine import MicrobatchLoss
 from megatron_groupdpo.mcore.context_parallel import sum_over_ranks
 from megatron_groupdpo.mcore.fp8 import TwoPassScaling
 from megatron_groupdpo.mcore.logprobs import selected_logprobs
+from megatron_groupdpo.mcore.overlap import wait_for_parameter
 from megatron_groupdpo.mcore.setup import Ranks
+from megatron_groupdpo.transfer import to_device
 from megatron_groupdpo.types import Microbatch
 
 
@@ -49,15 +51,20 @@ class MegatronEngine:
         *,
         vocab_size: int,
         log_probs_chunk_size: int,
+        fused_logprobs: bool = False,
+        bounds_on_host: bool = True,
         scaling: TwoPassScaling | None = None,
     ) -> None:
-        """``scaling``: of a model with FP8 products."""
+        """``scaling``: of a model with FP8 products. ``bounds_on_host``: the layers read the bounds of packed responses as numbers, as Megatron's own do;
+        Transformer Engine's kernels take them from the device."""
         self.chunks = list(chunks)
         self.config = config
         self.ranks = ranks
         self.vocab_size = vocab_size
         self.log_probs_chunk_size = log_probs_chunk_size
         self.scaling = scaling
+        self.fused_logprobs = fused_logprobs
+        self.bounds_on_host = bounds_on_host
         if isinstance(self.chunks[0], DistributedDataParallel):
             config.finalize_model_grads_func = _finalize_without_rescaling
             # The schedule holds back the gradient reduction until the last microbatch of each chunk.
@@ -127,7 +134,7 @@ class MegatronEngine:
         device = self.ranks.device
         packed = None
         if microbatch.cu_seqlens is not None:
-            bounds = microbatch.cu_seqlens.to(device)
+            bounds = microbatch.cu_seqlens if self.bounds_on_host else to_device(microbatch.cu_seqlens, device)
             longest = int((microbatch.cu_seqlens[1:] - microbatch.cu_seqlens[:-1]).max())
             packed = PackedSeqParams(
                 qkv_format="thd",
@@ -142,8 +149,8 @@ class MegatronEngine:
                 pad_between_seqs=False,
             )
         return chunk(
-            input_ids=microbatch.tokens_BS.to(device, non_blocking=True),
-            position_ids=microbatch.position_ids_BS.to(device, non_blocking=True),
+            input_ids=to_device(microbatch.tokens_BS, device),
+            position_ids=to_device(microbatch.position_ids_BS, device),
             attention_mask=None,
             packed_seq_params=packed,
             output_processor=self._select_logprobs,
@@ -166,14 +173,17 @@ class MegatronEngine:
             hidden_SBH = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         else:
             hidden_SBH = copy_to_tensor_model_parallel_region(hidden_states)
-        positions_T = context.hidden_positions_T.to(hidden_SBH.device)
+        weight_VH = output_layer.weight if output_weight is None else output_weight
+        wait_for_parameter(self.chunks, weight_VH)
+        positions_T = to_device(context.hidden_positions_T, hidden_SBH.device)
         return selected_logprobs(
             hidden_SBH.flatten(0, 1).index_select(0, positions_T),
-            output_layer.weight if output_weight is None else output_weight,
-            context.targets_T.to(hidden_SBH.device),
+            weight_VH,
+            to_device(context.targets_T, hidden_SBH.device),
             vocab_size=self.vocab_size,
             chunk_size=self.log_probs_chunk_size,
             tp_group=tp_group,
+            fused=self.fused_logprobs,
         )
 
     def gather(self, parts: list[tuple[Tensor, Tensor]], num_responses: int) -> Tensor | None:
@@ -191,8 +201,8 @@ class MegatronEngine:
 
 def sum_per_response(microbatch: Microbatch, logps_T: Tensor) -> tuple[Tensor, Tensor]:
     """Flat indices [r] and summed log-probabilities [r] (float64) of the microbatch's responses."""
-    responses_r = microbatch.responses_r.to(logps_T.device)
-    owners_T = microbatch.owners_T.to(logps_T.device)
+    responses_r = to_device(microbatch.responses_r, logps_T.device)
+    owners_T = to_device(microbatch.owners_T, logps_T.device)
     zeros_r = torch.zeros(responses_r.numel(), dtype=torch.float64, device=logps_T.device)
     return responses_r, zeros_r.index_add(0, owners_T, logps_T.double())
 

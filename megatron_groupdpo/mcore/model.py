@@ -220,14 +220,16 @@ def build_model(
         if model.rope_scaling_type is not None or model.rotary_base_local is not None:
             chunk.rotary_pos_emb = ScaledRotaryEmbedding(model, cp_group=chunk.pg_collection.cp)
         if model.scale_embeddings and chunk.pre_process:
-            chunk.embedding.register_forward_hook(partial(_scaled, math.sqrt(model.hidden_size)))
+            # Rounded to the weights' precision, as models that do this were trained; a number, not a tensor, since a
+            # tensor would be copied to the device in every forward.
+            scale = float(torch.tensor(math.sqrt(model.hidden_size), dtype=config.params_dtype))
+            chunk.embedding.register_forward_hook(partial(_scaled, scale))
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
 
 
 def _scaled(scale: float, _module: torch.nn.Module, _inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
-    # In the weights' precision, as models that do this were trained.
-    return embeddings * torch.tensor(scale, dtype=embeddings.dtype, device=embeddings.device)
+    return embeddings * scale
 
 
 def wrap_for_inference(chunks: list[torch.nn.Module], config: TransformerConfig) -> list[torch.nn.Module]:
@@ -250,6 +252,8 @@ def wrap_for_training(
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.ddp_bucket_size,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         average_in_collective=False,
         check_for_nan_in_grad=False,  # scores and the gradient norm are checked, with a message, in the step

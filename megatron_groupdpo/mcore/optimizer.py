@@ -28,6 +28,7 @@ def build_optimizer(
         bf16=precision.bf16,
         params_dtype=torch.bfloat16 if precision.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
         adam_eps=options.adam_eps,

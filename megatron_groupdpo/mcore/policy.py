@@ -16,6 +16,7 @@ from megatron_groupdpo.mcore.engine import MegatronEngine
 from megatron_groupdpo.mcore.fp8 import TwoPassScaling
 from megatron_groupdpo.mcore.init import initialize_weights
 from megatron_groupdpo.mcore.kernels import check_kernels, choose_transformer_impl
+from megatron_groupdpo.mcore.logprobs import choose_fused
 from megatron_groupdpo.mcore.model import build_model, transformer_config, wrap_for_inference, wrap_for_training
 from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.mcore.te_fp8 import TransformerEngineState, fuse_weight_gradients
@@ -86,6 +87,8 @@ def build_policy(
         ranks,
         vocab_size=model.vocab_size,
         log_probs_chunk_size=precision.log_probs_chunk_size,
+        fused_logprobs=choose_fused(precision.fused_logprobs, ranks.device),
+        bounds_on_host=transformer_impl == "local",
         scaling=scaling,
     )
     return Policy(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_groupdpo.mcore.checkpoint import load_weights
 from megatron_groupdpo.mcore.engine import MegatronEngine
+from megatron_groupdpo.mcore.overlap import finish_param_gather
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.types import Microbatch
 
@@ -23,6 +24,8 @@ class SwappedWeights:
 
     def __init__(self, chunks: Sequence[Any], device: torch.device) -> None:
         """Copy what the chunks hold now."""
+        self._chunks = chunks
+        finish_param_gather(chunks)
         # Buffers too: whatever a forward pass keeps in them belongs to the weights it was made with.
         modules = [_unwrapped(chunk) for chunk in chunks]
         self._held = [tensor.data for module in modules for tensor in (*module.parameters(), *module.buffers())]
@@ -32,6 +35,7 @@ class SwappedWeights:
     def exchange(self) -> None:
         """Swap the contents; twice is no change. No tensor moves, so views of them (gradient hooks, buffers of the
         optimizer) stay what they are."""
+        finish_param_gather(self._chunks)  # a late gather would mix the two
         for held, host in zip(self._held, self._host):
             here, there = held.view(-1), host.view(-1)
             for start in range(0, here.numel(), _ELEMENTS_AT_ONCE):

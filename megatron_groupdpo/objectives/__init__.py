@@ -14,6 +14,8 @@ Errors: ``ConfigError`` for an unknown objective, an option it does not use or a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ from megatron_groupdpo.objectives.registry import (
 __all__ = [
     "OBJECTIVES",
     "Objective",
+    "PreparedGroups",
     "active_groups",
     "coefficients",
     "get_objective",
@@ -41,9 +44,102 @@ __all__ = [
     "hyperparameters_for",
     "loss_and_coefficients",
     "nll_responses",
+    "prepare",
     "separable_terms",
     "used_responses",
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedGroups:
+    """Everything an objective reads of a batch but its scores: it follows from the data, before any score is known.
+
+    Made on the host and moved, :meth:`loss` asks the device for nothing that the host would have to wait for.
+    """
+
+    description: Objective
+    settings: Any
+    groups: Groups
+    """The active groups alone, A of them, with only the responses that are used."""
+    index_A: Tensor
+    """[A] int64: their places among the G."""
+    active_G: Tensor
+    """[G] bool."""
+    nll_GK: Tensor
+    """[G, K] bool: see :func:`nll_responses`."""
+
+    def to(self, move: Callable[[Tensor], Tensor]) -> PreparedGroups:
+        """The same with every tensor moved by ``move``."""
+        groups = self.groups
+        return replace(
+            self,
+            groups=Groups(
+                labels_GK=move(groups.labels_GK),
+                values_GK=move(groups.values_GK),
+                tie_keys_GK=move(groups.tie_keys_GK),
+                group_keys_G=None if groups.group_keys_G is None else move(groups.group_keys_G),
+            ),
+            index_A=move(self.index_A),
+            active_G=move(self.active_G),
+            nll_GK=move(self.nll_GK),
+        )
+
+    def loss(self, scores_GK: Tensor) -> Tensor:
+        """:func:`group_loss` of these scores: [G]."""
+        # [:, :0] sums to zeros that hang in the graph whatever the scores are, NaN included.
+        zeros_G = _at_least_fp32(scores_GK)[:, :0].sum(1)
+        clean_AK = self.active_scores(scores_GK)
+        return zeros_G.index_add(0, self.index_A, self.description.loss(clean_AK, self.groups, self.settings))
+
+    def loss_and_coefficients(self, scores_GK: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`loss_and_coefficients` of these scores: [G] and [G, K]."""
+        with torch.enable_grad():
+            leaf_GK = _at_least_fp32(scores_GK.detach()).clone().requires_grad_()
+            loss_G = self.loss(leaf_GK)
+            (coefficients_GK,) = torch.autograd.grad(loss_G.sum(), leaf_GK)
+        return loss_G.detach(), coefficients_GK
+
+    def active_scores(self, scores_GK: Tensor) -> Tensor:
+        """[A, K]: the active groups' scores, 0 where unused.
+
+        Empty groups are left out rather than masked: no inf or NaN of theirs can reach a gradient.
+        """
+        return _at_least_fp32(scores_GK)[self.index_A].masked_fill(~self.groups.members_GK, 0.0)
+
+
+def prepare(
+    objective: str,
+    labels_GK: Tensor,
+    values_GK: Tensor | None = None,
+    *,
+    tie_keys_GK: Tensor | None = None,
+    group_keys_G: Tensor | None = None,
+    scores_GK: Tensor | None = None,
+    **hyperparameters: Any,
+) -> PreparedGroups:
+    """What the objective reads of these groups, on the device of ``labels_GK``.
+
+    ``scores_GK``, if given, are only checked.
+    """
+    description = get_objective(objective)
+    groups, settings = _prepare(
+        description, labels_GK, values_GK, tie_keys_GK, group_keys_G, scores_GK, hyperparameters
+    )
+    used_GK = description.used(groups, settings)
+    seen = groups.restrict(used_GK)
+    active_G = description.active(seen)
+    index_A = active_G.nonzero().squeeze(1)
+    seen = seen.select(index_A)
+    if description.check is not None:
+        description.check(seen, settings)
+    return PreparedGroups(
+        description=description,
+        settings=settings,
+        groups=seen,
+        index_A=index_A,
+        active_G=active_G,
+        nll_GK=used_GK & groups.positives_GK,
+    )
 
 
 def group_loss(
@@ -61,14 +157,8 @@ def group_loss(
     Computed in the dtype of the scores, at least fp32. Exactly 0 with a zero gradient for groups that are
     empty for the objective; scores of unused responses and padding cells may be anything, NaN included.
     """
-    description = get_objective(objective)
-    groups, settings = _prepare(
-        description, labels_GK, values_GK, tie_keys_GK, group_keys_G, scores_GK, hyperparameters
-    )
-    clean_GK, groups, index = _active_part(description, scores_GK, groups, settings)
-    # [:, :0] sums to zeros that hang in the graph whatever the scores are, NaN included.
-    zeros_G = _at_least_fp32(scores_GK)[:, :0].sum(1)
-    return zeros_G.index_add(0, index, description.loss(clean_GK, groups, settings))
+    prepared = _prepared(objective, scores_GK, labels_GK, values_GK, tie_keys_GK, group_keys_G, hyperparameters)
+    return prepared.loss(scores_GK)
 
 
 def loss_and_coefficients(
@@ -85,19 +175,8 @@ def loss_and_coefficients(
 
     One autograd call on the detached scores, the same for every objective; 0 for responses that are unused.
     """
-    with torch.enable_grad():
-        leaf_GK = _at_least_fp32(scores_GK.detach()).clone().requires_grad_()
-        loss_G = group_loss(
-            objective,
-            leaf_GK,
-            labels_GK,
-            values_GK,
-            tie_keys_GK=tie_keys_GK,
-            group_keys_G=group_keys_G,
-            **hyperparameters,
-        )
-        (coefficients_GK,) = torch.autograd.grad(loss_G.sum(), leaf_GK)
-    return loss_G.detach(), coefficients_GK
+    prepared = _prepared(objective, scores_GK, labels_GK, values_GK, tie_keys_GK, group_keys_G, hyperparameters)
+    return prepared.loss_and_coefficients(scores_GK)
 
 
 def coefficients(
@@ -143,12 +222,10 @@ def separable_terms(
     if description.terms is None:
         separable = ", ".join(o.name for o in OBJECTIVES.values() if o.separable)
         raise UserError(f"objective {objective!r} couples the responses of a group; separable are: {separable}.")
-    groups, settings = _prepare(
-        description, labels_GK, values_GK, tie_keys_GK, group_keys_G, scores_GK, hyperparameters
-    )
-    clean_GK, groups, index = _active_part(description, scores_GK, groups, settings)
+    prepared = _prepared(objective, scores_GK, labels_GK, values_GK, tie_keys_GK, group_keys_G, hyperparameters)
+    terms_AK = description.terms(prepared.active_scores(scores_GK), prepared.groups, prepared.settings)
     zeros_GK = torch.zeros_like(_at_least_fp32(scores_GK))
-    return zeros_GK.index_add(0, index, description.terms(clean_GK, groups, settings))
+    return zeros_GK.index_add(0, prepared.index_A, terms_AK)
 
 
 def active_groups(
@@ -217,7 +294,7 @@ def _prepare(
     scores_GK: Tensor | None,
     hyperparameters: dict[str, Any],
 ) -> tuple[Groups, Any]:
-    """Checked groups, on the device of the scores if there are any, and the objective's settings."""
+    """Checked groups, on the device of the labels, and the objective's settings."""
     settings = hyperparameters_for(description.name, hyperparameters)
     for argument, tensor in (("labels_GK", labels_GK), ("values_GK", values_GK), ("scores_GK", scores_GK)):
         if tensor is not None and not isinstance(tensor, Tensor):
@@ -237,23 +314,30 @@ def _prepare(
         values_GK,
         tie_keys_GK=tie_keys_GK,
         group_keys_G=group_keys_G,
-        device=None if scores_GK is None else scores_GK.device,
     )
     return groups, settings
 
 
-def _active_part(
-    description: Objective, scores_GK: Tensor, groups: Groups, settings: Any
-) -> tuple[Tensor, Groups, Tensor]:
-    """Scores (0 where unused) and groups of the active groups alone, and their indices [A] int64.
-
-    Empty groups are left out rather than masked: no inf or NaN of theirs can reach a gradient.
-    """
-    seen = groups.restrict(description.used(groups, settings))
-    index = description.active(seen).nonzero().squeeze(1)
-    seen = seen.select(index)
-    clean_GK = _at_least_fp32(scores_GK)[index].masked_fill(~seen.members_GK, 0.0)
-    return clean_GK, seen, index
+def _prepared(
+    objective: str,
+    scores_GK: Tensor,
+    labels_GK: Tensor,
+    values_GK: Tensor | None,
+    tie_keys_GK: Tensor | None,
+    group_keys_G: Tensor | None,
+    hyperparameters: dict[str, Any],
+) -> PreparedGroups:
+    """As :func:`prepare`, on the device of the scores."""
+    prepared = prepare(
+        objective,
+        labels_GK,
+        values_GK,
+        tie_keys_GK=tie_keys_GK,
+        group_keys_G=group_keys_G,
+        scores_GK=scores_GK,
+        **hyperparameters,
+    )
+    return prepared.to(lambda tensor: tensor.to(scores_GK.device))
 
 
 def _at_least_fp32(scores_GK: Tensor) -> Tensor:

@@ -143,6 +143,8 @@ class Objective:
     """phi: [G]."""
     terms: Callable[[Tensor, Groups, Any], Tensor] | None = None
     """For a separable objective, [G, K] with entry i a function of s_i alone and phi the sum over K."""
+    check: Callable[[Groups, Any], None] | None = None
+    """Raises UserError for active groups that break a rule of the objective's own."""
     needs_reference: bool = True
     """False: the score is ``beta * log pi``, no reference model is read."""
     needs_values: bool = False

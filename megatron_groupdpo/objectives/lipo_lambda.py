@@ -42,16 +42,22 @@ class LipoLambdaHyperparameters:
             raise ConfigError(f"psi_scaling must be group or given; it is {self.psi_scaling!r}.")
 
 
-def psi_of_values(groups: Groups, hyperparameters: LipoLambdaHyperparameters) -> Tensor:
-    """[G, K] float64 in [0, 1]; 0 in padding cells.
+def check_values(groups: Groups, hyperparameters: LipoLambdaHyperparameters) -> None:
+    """Values that are taken as they are must be psi.
 
     Raises:
         UserError: with ``psi_scaling`` given, a value lies outside [0, 1].
     """
     members_GK, values_GK = groups.members_GK, groups.values_GK
+    outside_GK = members_GK & ((values_GK < 0) | (values_GK > 1))
+    if hyperparameters.psi_scaling == "given" and bool(outside_GK.any()):
+        raise UserError("psi_scaling 'given' needs values in [0, 1]; scale the values or use psi_scaling 'group'.")
+
+
+def psi_of_values(groups: Groups, hyperparameters: LipoLambdaHyperparameters) -> Tensor:
+    """[G, K] float64 in [0, 1]; 0 in padding cells."""
+    members_GK, values_GK = groups.members_GK, groups.values_GK
     if hyperparameters.psi_scaling == "given":
-        if bool((members_GK & ((values_GK < 0) | (values_GK > 1))).any()):
-            raise UserError("psi_scaling 'given' needs values in [0, 1]; scale the values or use psi_scaling 'group'.")
         return values_GK.masked_fill(~members_GK, 0.0)
     lowest_G = values_GK.masked_fill(~members_GK, math.inf).amin(1)
     highest_G = values_GK.masked_fill(~members_GK, -math.inf).amax(1)
@@ -77,6 +83,7 @@ LIPO_LAMBDA = Objective(
     used=valued_members,
     active=has_distinct_values,
     loss=lipo_lambda_loss,
+    check=check_values,
     needs_values=True,
     equation=(
         "sum_{psi_i > psi_j} |2^psi_i - 2^psi_j| |1/log(1+r_i) - 1/log(1+r_j)| log(1 + e^{-(s_i - s_j)}), "

@@ -22,6 +22,10 @@ _ON_THE_LINE = (
     ("grad norm", "grad_norm", ".3f"),
     ("score drift", "score_drift", ".1E"),
     ("tokens per second", "tokens_per_second", ".0f"),
+    ("data (ms)", "time/data_ms", ".1f"),
+    ("scoring (ms)", "time/scoring_ms", ".1f"),
+    ("backward (ms)", "time/backward_ms", ".1f"),
+    ("optimizer (ms)", "time/optimizer_ms", ".1f"),
     ("throughput per GPU (TFLOP/s)", "tflops_per_gpu", ".2f"),
 )
 

@@ -15,10 +15,12 @@ from megatron_groupdpo.config import to_yaml
 from megatron_groupdpo.mcore.checkpoint import Progress, save_checkpoint
 from megatron_groupdpo.run.batches import PlannedBatch
 from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.run.feed import DeviceFeed
 from megatron_groupdpo.run.flops import step_flops
 from megatron_groupdpo.run.logs import RunLogger
 from megatron_groupdpo.run.metrics import batch_metrics
 from megatron_groupdpo.run.prefetch import Prefetcher
+from megatron_groupdpo.run.profile import StepProfiler
 from megatron_groupdpo.run.proofs import (
     calibrate_fp8,
     check_gradient,
@@ -30,6 +32,7 @@ from megatron_groupdpo.run.proofs import (
 )
 from megatron_groupdpo.run.report import print_start
 from megatron_groupdpo.step.coefficients import group_loss
+from megatron_groupdpo.step.timers import StepTimers
 from megatron_groupdpo.step.train_step import accumulate_gradient
 
 
@@ -41,21 +44,21 @@ def train(run: Run) -> Progress:
     """
     logger = _open_logs(run) if run.ranks.is_logger else None
     size = run.config.training.global_batch_size
-    left = run.train_iters - run.progress.iteration
+    end = run.progress.consumed_groups + (run.train_iters - run.progress.iteration) * size
+    workers = run.config.data.num_workers
     try:
-        with Prefetcher(
-            run.train,
-            num_workers=run.config.data.num_workers,
-            num_groups=size,
-            end=run.progress.consumed_groups + left * size,
-        ) as batches:
-            return _train(run, batches, logger)
+        with (
+            Prefetcher(run.train, num_workers=workers, num_groups=size, end=end) as batches,
+            StepProfiler(run.config.logging, run_folder(run), rank=dist.get_rank()) as profiler,
+        ):
+            return _train(run, DeviceFeed(batches, run.ranks.device, end=end), logger, profiler)
     finally:
         if logger is not None:
             logger.close()
 
 
-def _train(run: Run, batches: Prefetcher, logger: RunLogger | None) -> Progress:
+def _train(run: Run, batches: DeviceFeed, logger: RunLogger | None, profiler: StepProfiler) -> Progress:
+    timers = StepTimers(run.ranks.device, on=logger is not None)
     planned = batches.batch(run.progress.consumed_groups)
     print_start(run, planned)
     calibrate_fp8(run, planned)
@@ -68,9 +71,14 @@ def _train(run: Run, batches: Prefetcher, logger: RunLogger | None) -> Progress:
     verify_until = progress.iteration + run.config.training.verify_gradients
     while progress.iteration < run.train_iters:
         started = time.perf_counter()
-        if progress != run.progress:
-            planned = batches.batch(progress.consumed_groups)
-        progress = _iteration(run, planned, progress, logger, started, verify=progress.iteration < verify_until)
+        profiler.before(progress.iteration + 1)
+        with timers("data"):
+            if progress != run.progress:
+                planned = batches.batch(progress.consumed_groups)
+        proofs = _verify(run, planned, progress) if progress.iteration < verify_until else {}
+        progress = _iteration(run, planned, batches, progress, timers, logger, started, proofs)
+        if (trace := profiler.after(progress.iteration)) is not None and run.ranks.is_logger:
+            print(f"profile: {trace}", flush=True)
         if _due(progress.iteration, run.config.training.check_weight_hash_across_dp_replicas_interval):
             check_replicas(run, progress.iteration)
         if _due(progress.iteration, run.config.training.eval_interval):
@@ -83,25 +91,41 @@ def _train(run: Run, batches: Prefetcher, logger: RunLogger | None) -> Progress:
     return progress
 
 
+def _verify(run: Run, planned: PlannedBatch, progress: Progress) -> dict[str, float | None]:
+    return verify_gradient(run, planned, reference_logps(run, planned), progress.iteration + 1)
+
+
 def _iteration(
-    run: Run, planned: PlannedBatch, progress: Progress, logger: RunLogger | None, started: float, *, verify: bool
+    run: Run,
+    planned: PlannedBatch,
+    batches: DeviceFeed,
+    progress: Progress,
+    timers: StepTimers,
+    logger: RunLogger | None,
+    started: float,
+    proofs: dict[str, float | None],
 ) -> Progress:
     size = run.config.training.global_batch_size
-    ref_logps_R = reference_logps(run, planned)
-    proofs = verify_gradient(run, planned, ref_logps_R, progress.iteration + 1) if verify else {}
+    with timers("reference"):
+        ref_logps_R = reference_logps(run, planned)
     engine = run.policy.engine
     with engine.step():
-        outcome = accumulate_gradient(engine, planned.microbatches, planned.batch, ref_logps_R, run.loss)
+        outcome = accumulate_gradient(engine, planned.microbatches, planned.batch, ref_logps_R, run.loss, timers=timers)
+    # Both passes are queued: what follows costs a GPU nothing.
+    with timers("data"):
+        batches.prepare(progress.consumed_groups + size)
     check_scores(run, planned, outcome, progress.iteration + 1)
     lr = run.updater.lr
-    grad_norm = run.updater.step(size)
+    with timers("optimizer"):
+        grad_norm = run.updater.step(size)
     check_gradient(grad_norm, progress.iteration + 1)
     progress = Progress(iteration=progress.iteration + 1, consumed_groups=progress.consumed_groups + size)
     if logger is not None:
         assert outcome is not None, "the logging rank is on the last stage"
         metrics = batch_metrics(planned.batch, outcome.result, outcome.logps_R, outcome.ref_logps_R)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "score_drift": outcome.score_drift, **proofs}
-        metrics |= _speed(run, planned, time.perf_counter() - started)
+        # The metrics have waited for the device, so the events are over.
+        metrics |= _speed(run, planned, time.perf_counter() - started) | timers.read()
         logger.write(progress.iteration, {**metrics, "consumed_groups": progress.consumed_groups})
         if progress.iteration % run.config.logging.log_interval == 0 or progress.iteration == run.train_iters:
             logger.line(progress.iteration, metrics, consumed_groups=progress.consumed_groups, global_batch_size=size)
@@ -183,14 +207,19 @@ def _due(iteration: int, interval: int | None) -> bool:
     return interval is not None and iteration % interval == 0
 
 
+def run_folder(run: Run) -> Path | None:
+    """Where the run's own files go."""
+    folder = run.config.logging.run_dir or run.config.checkpoint.save
+    return None if folder is None else Path(folder)
+
+
 def _open_logs(run: Run) -> RunLogger:
-    logging, save = run.config.logging, run.config.checkpoint.save
-    run_dir = logging.run_dir or save
+    logging, run_dir = run.config.logging, run_folder(run)
     if run_dir is not None:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        (Path(run_dir) / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(run.config), encoding="utf-8")
     return RunLogger(
-        run_dir=None if run_dir is None else Path(run_dir),
+        run_dir=run_dir,
         tensorboard_dir=None if logging.tensorboard_dir is None else Path(logging.tensorboard_dir),
         start_iteration=run.progress.iteration,
         train_iters=run.train_iters,

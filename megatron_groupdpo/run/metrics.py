@@ -18,9 +18,9 @@ def batch_metrics(batch: GroupBatch, result: GroupLoss, logps_R: Tensor, ref_log
     Rewards are the scores. Sides are averaged over the responses that got a pass; pairwise and margin metrics over
     the groups that have both sides. A metric without a single term is left out.
     """
-    device = logps_R.device
-    held_GK = (batch.flat_index_GK >= 0).to(device)
-    labels_GK = batch.labels_GK.to(device)
+    # To the host once: every number below would otherwise be a wait for the device of its own.
+    result, logps_R, ref_logps_R = result.to_host(), logps_R.cpu(), ref_logps_R.cpu()
+    held_GK, labels_GK = batch.flat_index_GK >= 0, batch.labels_GK
     positive_GK, negative_GK = held_GK & (labels_GK > 0), held_GK & (labels_GK < 0)
     scores_GK, logps_GK = batch.to_groups(result.scores_R), batch.to_groups(logps_R)
     two_sided_G = positive_GK.any(1) & negative_GK.any(1)

@@ -151,7 +151,7 @@ def check_scores(run: Run, planned: PlannedBatch, outcome: StepResult | None, it
         bad_R = ~(torch.isfinite(outcome.logps_R) & torch.isfinite(outcome.ref_logps_R))
         findings[0] = bad_R.sum()
         findings[1] = bad_R.double().argmax() if planned.batch.num_responses else 0
-        findings[2] = outcome.score_drift or 0.0
+        findings[2] = 0.0 if outcome.drift is None else outcome.drift
     bad, first_bad, drift = run.ranks.broadcast_from_last_stage(findings).tolist()
     if bad:
         group = int((planned.batch.flat_index_GK == int(first_bad)).any(1).nonzero()[0])

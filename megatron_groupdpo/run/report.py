@@ -36,6 +36,9 @@ def print_start(run: Run, first: PlannedBatch) -> None:
             (f"{chunks} chunks per stage", chunks is not None),
             ("sequence parallel", parallel.sequence_parallel),
             ("distributed optimizer", parallel.use_distributed_optimizer),
+            ("gradients reduced in the backward", parallel.overlap_grad_reduce),
+            ("weights gathered in the forward", parallel.overlap_param_gather),
+            ("fused log-probabilities", run.policy.engine.fused_logprobs),
         )
         if on
     ]

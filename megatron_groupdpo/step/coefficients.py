@@ -17,13 +17,14 @@ and the gradient of L is the gradient of ``sum_i k_i log pi(y_i|x)`` with k held
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_groupdpo import objectives
+from megatron_groupdpo.transfer import to_device
 from megatron_groupdpo.types import GroupBatch
 
 NllAverage = Literal["sum", "response", "batch-tokens"]
@@ -63,8 +64,65 @@ class GroupLoss:
     weights_R: Tensor
     """[R] float64: ``k_i``, the derivative of the loss by each log-probability."""
 
+    def to_host(self) -> GroupLoss:
+        """The same on the host, which waits for it."""
+        return replace(self, **{field.name: getattr(self, field.name).cpu() for field in fields(self)})
 
-def group_loss(logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options: LossOptions) -> GroupLoss:
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossPlan:
+    """What the loss of a batch takes from the data and the options: made on the host, before any score is known.
+
+    With it on the device, scores become weights without a number that the host would have to wait for.
+    """
+
+    groups: objectives.PreparedGroups
+    num_active: int
+    """B, at least 1."""
+    scale_R: Tensor
+    """[R] float64: a response's score is this times its log-ratio."""
+    flat_index_GK: Tensor
+    """[G, K] int64: as in the batch."""
+    cells_R: Tensor
+    """[R] int64: each response's cell in the flattened [G, K]; G x K for one that has none."""
+    nll_weights_R: Tensor
+    """[R] float64: d NLL / d(-logp)."""
+
+    def scores_GK(self, scores_R: Tensor) -> Tensor:
+        """[R] to [G, K], 0 in padding cells."""
+        if not scores_R.numel():
+            return scores_R.new_zeros(self.flat_index_GK.shape)
+        gathered_GK = scores_R[self.flat_index_GK.clamp_min(0)]
+        return torch.where(self.flat_index_GK >= 0, gathered_GK, torch.zeros_like(gathered_GK))
+
+    def flat_R(self, per_cell_GK: Tensor) -> Tensor:
+        """[G, K] to [R]."""
+        return _flat(per_cell_GK, self.cells_R)
+
+
+def plan_loss(batch: GroupBatch, options: LossOptions, device: torch.device) -> LossPlan:
+    """The loss of ``batch``, on ``device``."""
+    host = torch.device("cpu")
+    groups = objectives.prepare(options.objective, **objective_arguments(batch, options, host))
+    held_GK = batch.flat_index_GK >= 0
+    cells_R = torch.full((batch.num_responses,), held_GK.numel(), dtype=torch.int64)
+    cells_R[batch.flat_index_GK[held_GK]] = held_GK.flatten().nonzero().squeeze(1)
+    # A response whose tokens are all masked counts none of them: its log-probability and score are 0, not 0/0.
+    counts_R = batch.num_tokens_R.double().clamp_min(1)
+    scale_R = options.beta / counts_R if options.score_average else torch.full_like(counts_R, options.beta)
+    return LossPlan(
+        groups=groups.to(lambda tensor: to_device(tensor, device)),
+        num_active=max(int(groups.active_G.sum()), 1),
+        scale_R=to_device(scale_R, device),
+        flat_index_GK=to_device(batch.flat_index_GK, device),
+        cells_R=to_device(cells_R, device),
+        nll_weights_R=to_device(_nll_weights(options, groups, held_GK, cells_R, counts_R), device),
+    )
+
+
+def group_loss(
+    logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options: LossOptions, *, plan: LossPlan | None = None
+) -> GroupLoss:
     """Loss and per-response weights of a global batch.
 
     Args:
@@ -72,48 +130,38 @@ def group_loss(logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options:
         ref_logps_R: [R] float64 under the reference; zeros for a reference-free objective.
         batch: the global batch.
         options: the loss.
+        plan: :func:`plan_loss` of them, where it was made before.
     """
-    device = logps_R.device
-    scale_R = _score_scale(batch, options, device)
-    scores_R = scale_R * (logps_R - ref_logps_R)
-
-    scores_GK = batch.to_groups(scores_R)
-    given = objective_arguments(batch, options, device)
-    loss_G, coefficients_GK = objectives.loss_and_coefficients(options.objective, scores_GK, **given)
-    active_G = objectives.active_groups(options.objective, **given)
-    num_active = int(active_G.sum())
-    weights_R = scale_R * batch.to_flat(coefficients_GK) / max(num_active, 1)
-    preference_loss = loss_G.sum() / max(num_active, 1)
-
-    nll_weights_R = _nll_weights(batch, options, active_G, given)
-    nll_loss = (nll_weights_R * -logps_R).sum()
+    plan = plan or plan_loss(batch, options, logps_R.device)
+    scores_R = plan.scale_R * (logps_R - ref_logps_R)
+    loss_G, coefficients_GK = plan.groups.loss_and_coefficients(plan.scores_GK(scores_R))
+    weights_R = plan.scale_R * plan.flat_R(coefficients_GK) / plan.num_active
+    preference_loss = loss_G.sum() / plan.num_active
+    nll_loss = (plan.nll_weights_R * -logps_R).sum()
     return GroupLoss(
         loss=preference_loss + options.nll_coeff * nll_loss,
         preference_loss=preference_loss,
         nll_loss=nll_loss,
         loss_G=loss_G,
-        active_G=active_G,
+        active_G=plan.groups.active_G,
         scores_R=scores_R,
-        weights_R=weights_R - options.nll_coeff * nll_weights_R,
+        weights_R=weights_R - options.nll_coeff * plan.nll_weights_R,
     )
 
 
-def coupled_loss(logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options: LossOptions) -> Tensor:
+def coupled_loss(
+    logps_R: Tensor, ref_logps_R: Tensor, batch: GroupBatch, options: LossOptions, *, plan: LossPlan | None = None
+) -> Tensor:
     """L as one differentiable function of ``logps_R``: the loss :func:`group_loss` takes apart. Arguments as there."""
-    scores_R = _score_scale(batch, options, logps_R.device) * (logps_R - ref_logps_R)
-    given = objective_arguments(batch, options, logps_R.device)
-    loss_G = objectives.group_loss(options.objective, batch.to_groups(scores_R), **given)
-    active_G = objectives.active_groups(options.objective, **given)
-    preference_loss = loss_G.sum() / active_G.sum().clamp_min(1)
-    nll_loss = (_nll_weights(batch, options, active_G, given) * -logps_R).sum()
-    return preference_loss + options.nll_coeff * nll_loss
+    plan = plan or plan_loss(batch, options, logps_R.device)
+    loss_G = plan.groups.loss(plan.scores_GK(plan.scale_R * (logps_R - ref_logps_R)))
+    nll_loss = (plan.nll_weights_R * -logps_R).sum()
+    return loss_G.sum() / plan.num_active + options.nll_coeff * nll_loss
 
 
-def _score_scale(batch: GroupBatch, options: LossOptions, device: torch.device) -> Tensor:
-    """[R] float64: a response's score is this times its log-ratio."""
-    # A response whose tokens are all masked counts none of them: its log-probability and score are 0, not 0/0.
-    counts_R = batch.num_tokens_R.to(device, torch.float64).clamp_min(1)
-    return options.beta / counts_R if options.score_average else torch.full_like(counts_R, options.beta)
+def _flat(per_cell_GK: Tensor, cells_R: Tensor) -> Tensor:
+    flat = per_cell_GK.flatten()
+    return torch.cat([flat, flat.new_zeros(1)])[cells_R]
 
 
 def objective_arguments(batch: GroupBatch, options: LossOptions, device: torch.device) -> dict[str, Any]:
@@ -127,17 +175,18 @@ def objective_arguments(batch: GroupBatch, options: LossOptions, device: torch.d
     }
 
 
-def _nll_weights(batch: GroupBatch, options: LossOptions, active_G: Tensor, given: dict[str, Any]) -> Tensor:
+def _nll_weights(
+    options: LossOptions, groups: objectives.PreparedGroups, held_GK: Tensor, cells_R: Tensor, counts_R: Tensor
+) -> Tensor:
     """[R] float64: d NLL / d(-logp) of each response; sums to 1 per group that has a positive, over B_nll."""
-    carries_GK = objectives.nll_responses(options.objective, **given) & (batch.flat_index_GK >= 0).to(active_G.device)
+    carries_GK = groups.nll_GK & held_GK
     if not options.one_sided_nll:
-        carries_GK = carries_GK & active_G[:, None]
+        carries_GK = carries_GK & groups.active_G[:, None]
     carries_GK = carries_GK.double()
-    counts_R = batch.num_tokens_R.to(carries_GK.device, torch.float64).clamp_min(1)
     if options.nll_average == "batch-tokens":
-        carries_R = batch.to_flat(carries_GK)
+        carries_R = _flat(carries_GK, cells_R)
         return carries_R / (carries_R * counts_R).sum().clamp_min(1)
     num_positive_G = carries_GK.sum(dim=1)
     num_groups = (num_positive_G > 0).sum().clamp_min(1)
-    weights_R = batch.to_flat(carries_GK / num_positive_G.clamp_min(1)[:, None]) / num_groups
+    weights_R = _flat(carries_GK / num_positive_G.clamp_min(1)[:, None], cells_R) / num_groups
     return weights_R / counts_R if options.nll_average == "response" else weights_R

@@ -7,12 +7,13 @@ This is what GroupDPO avoids: activations of K responses at a time. It serves to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from megatron_groupdpo.engine import Engine
-from megatron_groupdpo.step.coefficients import LossOptions, coupled_loss
+from megatron_groupdpo.step.coefficients import LossOptions, LossPlan, coupled_loss, plan_loss
+from megatron_groupdpo.transfer import to_device
 from megatron_groupdpo.types import GroupBatch, Microbatch
 
 
@@ -36,15 +37,18 @@ def accumulate_coupled_gradient(
     return engine.backward(microbatches, batch.num_responses, loss)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _CoupledLoss:
     batch: GroupBatch
     ref_logps_R: Tensor
     options: LossOptions
+    plan: LossPlan | None = field(default=None, init=False)
 
     def __call__(self, responses_r: Tensor, logps_r: Tensor) -> Tensor:
-        ref_logps_R = self.ref_logps_R.to(logps_r.device)
+        if self.plan is None:
+            self.plan = plan_loss(self.batch, self.options, logps_r.device)
+            self.ref_logps_R = to_device(self.ref_logps_R, logps_r.device)
         # The other groups stand at the reference: constants, since no group's loss reads another's responses and the
         # denominators follow from the data.
-        logps_R = ref_logps_R.index_copy(0, responses_r, logps_r)
-        return coupled_loss(logps_R, ref_logps_R, self.batch, self.options)
+        logps_R = self.ref_logps_R.index_copy(0, responses_r, logps_r)
+        return coupled_loss(logps_R, self.ref_logps_R, self.batch, self.options, plan=self.plan)

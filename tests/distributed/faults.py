@@ -36,8 +36,8 @@ def _weights(change: Callable[[torch.Tensor], torch.Tensor]) -> Inject:
     """The per-response weights of pass 2."""
 
     def faulty(group_loss: Any) -> Any:
-        def changed(*args: Any) -> Any:
-            result = group_loss(*args)
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            result = group_loss(*args, **kwargs)
             return dataclasses.replace(result, weights_R=change(result.weights_R))
 
         return changed

@@ -19,6 +19,7 @@ from megatron_groupdpo.data.planner import plan_options
 from megatron_groupdpo.data.sampler import GroupSampler
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.mcore.overlap import finish_param_gather
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
 from megatron_groupdpo.run.batches import BatchSource
@@ -106,6 +107,7 @@ def _run_case(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> RankR
             coefficients.append(result.weights_R.numpy().copy())
         if case.optimizer:
             grad_norms.append(updater.step(case.num_groups))
+    finish_param_gather(policy.chunks)
     return RankResult(
         weights_before=weights_before,
         gradient=gradient,

@@ -15,7 +15,7 @@ PACKAGE = ROOT / NAME
 # Lowest first; the names of one row may import each other. Any other top-level module is an entry point,
 # above them all.
 LAYERS = (
-    ("", "types", "errors", "engine", "sequence_shards", "fp8_recipes"),
+    ("", "types", "errors", "engine", "sequence_shards", "fp8_recipes", "transfer"),
     ("objectives",),
     ("config",),  # knows the objectives' names and refuses an option that the chosen one does not use
     ("mcore",),
