@@ -88,7 +88,7 @@ def build_policy(
         vocab_size=model.vocab_size,
         log_probs_chunk_size=precision.log_probs_chunk_size,
         fused_logprobs=choose_fused(precision.fused_logprobs, ranks.device),
-        bounds_on_host=transformer_impl == "local",
+        bounds_on_host="local" in (transformer_impl, precision.attention_backend),
         scaling=scaling,
     )
     return Policy(
