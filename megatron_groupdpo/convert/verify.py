@@ -68,7 +68,7 @@ def text_sequences(file: Path, source: HfModel, tokenizer: str | None, *, count:
     if tokenizer is None and not tokenizers.has_tokenizer(source.folder):
         raise DataError(f"{source.folder} has no tokenizer to read {file} with; give one with --tokenizer")
     options = tokenizers.options_for(str(source.folder) if tokenizer is None else tokenizer)
-    loaded = tokenizers.load_checked(options, source.model)
+    loaded = tokenizers.load_checked(options, source.model).tokenizer
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

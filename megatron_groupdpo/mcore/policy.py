@@ -53,10 +53,10 @@ def build_policy(
     precision: PrecisionConfig,
     ranks: Ranks,
     *,
-    seed: int,
+    seed: int | None,
     training: bool,
 ) -> Policy:
-    """A model with seeded initial weights, the same on every layout.
+    """A model with seeded initial weights, the same on every layout; without a seed, for the caller to fill.
 
     Raises:
         ConfigError: Megatron refuses the model on this layout, or Transformer Engine is asked for and absent.
@@ -68,7 +68,8 @@ def build_policy(
         model, ranks.device, context_parallel_size=parallel.context_parallel_size
     )
     chunks = build_model(model, parallel, config, transformer_impl=transformer_impl)
-    initialize_weights(chunks, model, seed=seed)
+    if seed is not None:
+        initialize_weights(chunks, model, seed=seed)
     wrapped = wrap_for_training(chunks, config, parallel) if training else wrap_for_inference(chunks, config)
     engine = MegatronEngine(
         wrapped, config, ranks, vocab_size=model.vocab_size, log_probs_chunk_size=precision.log_probs_chunk_size

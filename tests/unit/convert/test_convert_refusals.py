@@ -246,12 +246,12 @@ def test_a_tokenizer_that_has_gone_or_changed_is_not_guessed(
     import_hf(folder, checkpoint, ImportOptions(tokenizer=str(sentencepiece_model)), ranks)
     (checkpoint / "tokenizer" / "chat_template.jinja").write_text("another")
     with pytest.raises(CheckpointError, match="has changed since"):
-        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(), ranks)
+        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions())
     (checkpoint / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"cannot be used.*--tokenizer, or pass --no-tokenizer"):
-        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(), ranks)
+        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions())
     assert not (tmp_path / "out").exists()
-    given = export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(), ranks, tokenizer=str(sentencepiece_model))
+    given = export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(), tokenizer=str(sentencepiece_model))
     assert given.has_tokenizer
 
 
