@@ -212,9 +212,10 @@ def _check_names(
 
 def _check_copy(folder: Path, copy: str, original: str, weights: HfWeights) -> None:
     shapes = weights.shapes
-    blocks = [(slice(row, row + _ROWS_AT_ONCE),) for row in range(0, shapes[original][0], _ROWS_AT_ONCE)]
+    rows = shapes[original][0]
+    blocks = [(slice(row, min(row + _ROWS_AT_ONCE, rows)),) for row in range(0, rows, _ROWS_AT_ONCE)]
     if shapes[copy] != shapes[original] or not all(
-        torch.equal(weights.read(copy, rows), weights.read(original, rows)) for rows in blocks
+        torch.equal(weights.read(copy, block), weights.read(original, block)) for block in blocks
     ):
         raise CheckpointError(
             f"{folder}: {CONFIG} ties the embeddings, but the tensors {copy!r} and {original!r} differ; "

@@ -41,7 +41,8 @@ class Pair:
     def sources(self, rows: range) -> Iterator[tuple[str, int, int]]:
         """Where rows of the Megatron tensor come from: (name, first row, row after the last), in order."""
         if self.transform is COPY:  # also of a vocabulary, too long for numbers row by row
-            yield next(iter(self.hf)), rows.start, rows.stop
+            if rows:
+                yield next(iter(self.hf)), rows.start, rows.stop
             return
         # What the transform does to rows is what it does to their numbers: one bias-like vector for each part.
         sizes = [shape[0] for shape in self.hf.values()]
