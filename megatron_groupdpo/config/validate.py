@@ -15,6 +15,7 @@ from megatron_groupdpo.config.derived import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.export_rules import export_problems
 from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
 from megatron_groupdpo.config.train_config import TrainConfig
@@ -42,6 +43,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *_optimizer_problems(config),
             *_data_problems(config),
             *_checkpoint_problems(config),
+            *export_problems(config.checkpoint),
             *_idle_fields(config),
             *_not_yet_problems(config),
         ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families import Family, HfConfig, family_of_config
 from megatron_groupdpo.convert.families.base import require
-from megatron_groupdpo.convert.hf_files import HfWeights, refuse_gguf
+from megatron_groupdpo.convert.hf_files import INDEX, WEIGHTS, HfWeights, refuse_gguf
 from megatron_groupdpo.convert.plan import Key, Pair, conversion_plan
 from megatron_groupdpo.errors import CheckpointError, ConfigError
 
@@ -82,6 +82,14 @@ class HfModel:
         assert start == len(rows)
 
 
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder is meant as a Hugging Face model, not as a distributed checkpoint."""
+    if (folder / "latest_checkpointed_iteration.txt").exists() or (folder / "metadata.json").exists():
+        return False
+    names = (CONFIG, "adapter_config.json", WEIGHTS, INDEX)
+    return folder.suffix == ".gguf" or any((folder / name).exists() for name in names)
+
+
 def open_hf_model(folder: Path) -> HfModel:
     """Read a folder's configuration and headers, and check them against each other.
 
@@ -89,13 +97,7 @@ def open_hf_model(folder: Path) -> HfModel:
         ConfigError: an architecture or field that cannot be converted.
         CheckpointError: not a model folder, a LoRA adapter, corrupt files; a tensor missing, unknown or misshapen.
     """
-    config = _read_config(folder)
-    try:
-        family = family_of_config(config)
-        config = text_part(family, config)
-        model = model_of_config(family, config)
-    except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG}: {error}") from None
+    family, config, model = config_of_folder(folder)
     weights = HfWeights(folder)
     plan = conversion_plan(family, model)
     expected = {name: shape for pair in plan.values() for name, shape in pair.hf.items()}
@@ -119,6 +121,22 @@ def open_hf_model(folder: Path) -> HfModel:
         names=names,
         ignored=ignored,
     )
+
+
+def config_of_folder(folder: Path) -> tuple[Family, dict[str, Any], ModelConfig]:
+    """Family, configuration (of a wrapper, the inner model's) and model section; the weights are not looked at.
+
+    Raises:
+        ConfigError: an architecture or field that cannot be converted.
+        CheckpointError: not a model folder.
+    """
+    config = _read_config(folder)
+    try:
+        family = family_of_config(config)
+        config = text_part(family, config)
+        return family, config, model_of_config(family, config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from None
 
 
 def model_of_config(family: Family, config: HfConfig) -> ModelConfig:
