@@ -10,7 +10,9 @@ from megatron_groupdpo.convert.agreement import together
 from megatron_groupdpo.convert.exporting import ExportOptions, choose_form, export_hf
 from megatron_groupdpo.convert.folders import check_target
 from megatron_groupdpo.convert.hf_model import CONFIG
-from megatron_groupdpo.errors import CheckpointError, UserError
+from megatron_groupdpo.convert.tokenizers import ModelTokenizer
+from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.errors import CheckpointError, DataError, UserError
 from megatron_groupdpo.run.build import Run
 
 
@@ -35,8 +37,7 @@ class Exports:
             # Only a run that goes on may replace: then the folder is what it wrote before it stopped.
             resumes = run.progress.iteration > 0
             check_target(self._folder, overwrite=resumes, marker=CONFIG, source=run.weights_from)
-            said = {"chat_template": None, **run.tokenizer}
-            self._tokenizer = tokenizers.of_checkpoint(said, Path(section.save or "."), run.policy.model)
+            self._tokenizer = _tokenizer(run)
 
     def at(self, iteration: int) -> None:
         """Export if the interval says so; a collective call."""
@@ -78,3 +79,16 @@ class Exports:
         if run.ranks.is_logger:
             seconds = time.perf_counter() - started
             print(f"exported {target} ({report.num_bytes:,} bytes) in {seconds:.1f} s", flush=True)
+
+
+def _tokenizer(run: Run) -> ModelTokenizer:
+    """The data's tokenizer, which the exported model goes with."""
+    said = run.tokenizer
+    options = TokenizerOptions(kind=said["kind"], model=said["model"], chat_template=said["chat_template"])
+    try:
+        return tokenizers.load_checked(options, run.policy.model)
+    except DataError as error:
+        raise CheckpointError(
+            f"export_hf writes the data's tokenizer beside the model, and it cannot be used: {error}; say where it is "
+            "now with --tokenizer-model"
+        ) from None
