@@ -193,8 +193,9 @@ def test_a_damaged_checkpoint_is_not_exported(hf_models: Callable[..., Path], ra
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     for file in folder.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(CheckpointError, match=r"tensor '.*' cannot be read"):
+    with pytest.raises(CheckpointError, match=r"iter_0000000.* cannot be read") as caught:
         export_checkpoint(tmp_path / "checkpoint", tmp_path / "out", ExportOptions())
+    assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
 
 
