@@ -7,7 +7,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test invariance test-slow test-gpu bench-memory clean
+.PHONY: help setup demo check test invariance parity test-slow test-gpu bench-memory clean
 
 help:  ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ test: setup check  ## check, then the unit tests and the multi-rank CPU tests
 
 invariance: setup  ## The layout-invariance matrix as a table (ARGS=--full for every combination)
 	@OMP_NUM_THREADS=1 $(VENV)/python tests/distributed/matrix.py $(ARGS)
+
+parity: setup  ## Every model family against transformers, on every layout, as a table (ARGS="--only qwen")
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/python tests/distributed/family_parity.py $(ARGS)
 
 test-slow: setup  ## The full product of cases
 	$(TEST_ENV) $(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)

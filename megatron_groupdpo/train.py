@@ -7,12 +7,13 @@ import sys
 from collections.abc import Sequence
 
 from megatron_groupdpo.config import load_config, validate
+from megatron_groupdpo.convert.model_section import complete_model_section
 from megatron_groupdpo.entry import run_entry
 
 
 def train_from(argv: Sequence[str]) -> None:
     """Everything behind the command line, on one rank."""
-    config = load_config(argv)
+    config = load_config(argv, complete=complete_model_section)
     validate(config, int(os.environ.get("WORLD_SIZE", "1")))
     # Megatron takes seconds to import: a mistyped flag is answered before.
     from megatron_groupdpo.mcore.setup import initialize, shut_down

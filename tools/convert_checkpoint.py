@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_groupdpo.entry import run_entry
-from megatron_groupdpo.errors import CheckpointError
+from megatron_groupdpo.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
-    from megatron_groupdpo.mcore.setup import Ranks
+    from megatron_groupdpo.config import ModelConfig, ParallelConfig
 
 EXAMPLE = """\
 examples:
@@ -21,8 +23,8 @@ examples:
   python tools/convert_checkpoint.py export --load checkpoints/run1 --hf models/run1
   python tools/convert_checkpoint.py verify --load checkpoints/run1 --hf models/run1 --report verify.json
 
-COMMAND --help lists the options of each. One process, on the CPU unless --device says otherwise; the checkpoint
-loads at any tensor- and pipeline-parallel size.
+COMMAND --help lists the options of each. On the CPU unless --device says otherwise; import and verify also under
+torchrun, each rank then holds its part of the model. The checkpoint loads on any layout.
 """
 
 
@@ -45,13 +47,14 @@ def _add_import(commands: object) -> None:
     parser = _parser(
         commands.add_parser,  # type: ignore[attr-defined]
         "import",
-        help="Hugging Face folder to distributed checkpoint",
-        description="Hugging Face folder (safetensors) to distributed checkpoint. Writes SAVE/iter_0000000, "
+        help="Hugging Face model to distributed checkpoint",
+        description="Hugging Face model (safetensors) to distributed checkpoint. Writes SAVE/iter_0000000, "
         "the\ntokenizer, and model.yaml: the model section to put into a run's configuration.",
         epilog="example:\n  python tools/convert_checkpoint.py import --hf models/llama --save checkpoints/llama\n"
-        "  torchrun ... -m megatron_groupdpo.train --config run.yaml --pretrained-checkpoint checkpoints/llama",
+        "  torchrun --nproc-per-node 2 tools/convert_checkpoint.py import --hf org/model --save checkpoints/model \\\n"
+        "      --tensor-model-parallel-size 2",
     )
-    parser.add_argument("--hf", required=True, type=Path, metavar="FOLDER", help="the Hugging Face model")
+    parser.add_argument("--hf", required=True, metavar="FOLDER", help="the Hugging Face model, or its name on the hub")
     parser.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="the checkpoint folder to make")
     parser.add_argument(
         "--dtype",
@@ -66,6 +69,8 @@ def _add_import(commands: object) -> None:
         help="vocabulary rows are padded to a multiple of this times the tensor-parallel size (default 128)",
     )
     _add_common(parser, "in place of the one in the --hf folder")
+    _add_device(parser)
+    _add_layout(parser)
 
 
 def _add_export(commands: object) -> None:
@@ -88,7 +93,7 @@ def _add_export(commands: object) -> None:
         choices=("keep", "fp32", "bf16", "fp16"),
         help="of the weights; keep (default): as imported, else as in the checkpoint",
     )
-    parser.add_argument("--family", metavar="NAME", help="llama or gpt2 (default: found from the model)")
+    parser.add_argument("--family", metavar="NAME", help="such as llama or gpt2 (default: found from the model)")
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest safetensors file, such as 500MB (default 5GB)"
     )
@@ -100,13 +105,14 @@ def _add_verify(commands: object) -> None:
         commands.add_parser,  # type: ignore[attr-defined]
         "verify",
         help="compare per-token log-probabilities of both",
-        description="Per-token log-probabilities of the same tokens under transformers (the --hf folder) and Megatron "
-        "(the --load\ncheckpoint, or the --hf folder imported on the fly), both in fp32. Exits with 1 above the "
+        description="Per-token log-probabilities of the same tokens under transformers (the --hf folder, in fp32) "
+        "and Megatron (the\n--load checkpoint, or the --hf folder imported on the fly). Exits with 1 above the "
         "tolerance.",
         epilog="example:\n"
-        "  python tools/convert_checkpoint.py verify --hf models/llama --text sample.txt --report verify.json",
+        "  torchrun --nproc-per-node 2 tools/convert_checkpoint.py verify --hf models/llama --text sample.txt \\\n"
+        "      --pipeline-model-parallel-size 2 --report verify.json",
     )
-    parser.add_argument("--hf", required=True, type=Path, metavar="FOLDER", help="the Hugging Face model")
+    parser.add_argument("--hf", required=True, metavar="FOLDER", help="the Hugging Face model, or its name on the hub")
     parser.add_argument("--load", type=Path, metavar="FOLDER", help="the checkpoint (default: import --hf in memory)")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="lines of text to compare on (default: random tokens)"
@@ -114,10 +120,14 @@ def _add_verify(commands: object) -> None:
     parser.add_argument("--num-sequences", type=int, default=8, metavar="N", help="lines or draws (default 8)")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of each at most (default 64, or all)")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of random tokens (default 1234)")
-    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="largest difference (default 1e-4)")
+    parser.add_argument("--bf16", action="store_true", help="Megatron's side in bf16, as a run with --bf16 has it")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="X", help="largest difference (default 1e-4; with --bf16, 0.5)"
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--tokenizer", metavar="PATH", help="to read --text with, in place of the one in --hf")
     _add_device(parser)
+    _add_layout(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser, instead: str) -> None:
@@ -128,13 +138,37 @@ def _add_common(parser: argparse.ArgumentParser, instead: str) -> None:
     )
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder of the same kind")
-    _add_device(parser)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda"), help="where the model is held (default cpu)"
     )
+
+
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    for name in _SIZES:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, metavar="N")
+
+
+def _layout(args: argparse.Namespace) -> ParallelConfig:
+    """The layout of this launch: one replica of the model.
+
+    Raises:
+        ConfigError: the ranks are not as many as it has.
+    """
+    from megatron_groupdpo.config import ParallelConfig
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    sizes = {name: getattr(args, name, 1) for name in _SIZES}
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != world:
+        listed = " x ".join(f"{name.split('_')[0]} {size}" for name, size in sizes.items())
+        raise ConfigError(f"{world} ranks must be {listed} parallel; change --nproc-per-node or the sizes")
+    # Rank 0 may read a model or score under transformers for long while the others wait.
+    return ParallelConfig(device=args.device, distributed_timeout_minutes=24 * 60, **sizes)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -144,14 +178,8 @@ def run(argv: Sequence[str]) -> None:
     {"import": _import, "export": _export, "verify": _verify}[args.command](args)
 
 
-def _initialize(args: argparse.Namespace) -> Ranks:
-    from megatron_groupdpo.config import ParallelConfig
-    from megatron_groupdpo.mcore.setup import initialize
-
-    return initialize(ParallelConfig(device=args.device), seed=0)
-
-
 def _import(args: argparse.Namespace) -> None:
+    from megatron_groupdpo.convert.hub import model_folder
     from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf, prepare_import
 
     options = ImportOptions(
@@ -161,28 +189,33 @@ def _import(args: argparse.Namespace) -> None:
         with_tokenizer=not args.no_tokenizer,
         overwrite=args.overwrite,
     )
-    prepare_import(args.hf, args.save, options)  # refused before anything starts
-    report = import_hf(args.hf, args.save, options, _initialize(args))
-    for name in report.source.ignored:
-        print(f"ignored: {name}")
-    tokenizer = "with its tokenizer" if report.has_tokenizer else "without a tokenizer"
-    print(f"{report.source.family.architecture} imported to {report.checkpoint} ({_name(report.dtype)}, {tokenizer})")
-    print(f"model section for a run's configuration: {report.checkpoint / MODEL_YAML}")
+    parallel, folder = _layout(args), model_folder(args.hf)
+    _, model, _ = prepare_import(folder, args.save, options)  # refused before anything starts
+    check_divides(model, parallel)
+    from megatron_groupdpo.mcore.setup import initialize, shut_down
+
+    ranks = initialize(parallel, seed=0)
+    report = import_hf(folder, args.save, options, ranks, parallel=parallel)
+    if ranks.is_logger:
+        for name in report.source.ignored:
+            print(f"ignored: {name}")
+        tokenizer = "with its tokenizer" if report.has_tokenizer else "without a tokenizer"
+        architecture = report.source.family.architecture
+        print(f"{architecture} imported to {report.checkpoint} ({_name(report.dtype)}, {tokenizer})")
+        print(f"model section for a run's configuration: {report.checkpoint / MODEL_YAML}", flush=True)
+    shut_down()
 
 
 def _export(args: argparse.Namespace) -> None:
     from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, parse_size
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("export reads a checkpoint tensor by tensor in one process; start it with python")
     options = ExportOptions(
         family=args.family, dtype=args.dtype, max_shard_size=parse_size(args.max_shard_size), overwrite=args.overwrite
     )
     report = export_checkpoint(
-        args.load,
-        args.hf,
-        options,
-        _initialize(args),
-        tokenizer=args.tokenizer,
-        with_tokenizer=not args.no_tokenizer,
+        args.load, args.hf, options, tokenizer=args.tokenizer, with_tokenizer=not args.no_tokenizer
     )
     tokenizer = "with its tokenizer" if report.has_tokenizer else "without a tokenizer (give one with --tokenizer)"
     print(
@@ -192,13 +225,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+    from megatron_groupdpo.config import PrecisionConfig
     from megatron_groupdpo.convert import verify
     from megatron_groupdpo.convert.hf_model import open_hf_model
-    from megatron_groupdpo.convert.weights import check_same_model, fill
-    from megatron_groupdpo.mcore.policy import build_policy, load_policy
+    from megatron_groupdpo.convert.hub import model_folder
 
-    source = open_hf_model(args.hf)
+    parallel = _layout(args)
+    source = open_hf_model(model_folder(args.hf))
+    check_divides(source.model, parallel)
     positions, vocab_size = source.model.max_position_embeddings, source.model.vocab_size
     assert vocab_size is not None
     length = args.seq_length
@@ -206,29 +240,55 @@ def _verify(args: argparse.Namespace) -> None:
         length = min(64, positions) if args.text is None else positions
     verify.check_length(positions, length)
     count = max(1, args.num_sequences)
+    text: Any = None
     if args.text is None:
         sequences = verify.random_sequences(vocab_size, count=count, length=length, seed=args.seed)
     else:
-        sequences = verify.text_sequences(args.text, source, args.tokenizer, count=count, length=length)
-    theirs = verify.transformers_logprobs(args.hf, sequences)
-    ranks = _initialize(args)
-    if args.load is None:
-        policy = build_policy(source.model, ParallelConfig(), PrecisionConfig(), ranks, seed=0, training=False)
-        fill(policy, source)
-    else:
-        policy = load_policy(args.load, ParallelConfig(), PrecisionConfig(), ranks)
-        check_same_model(source, policy.model)
-    ours = verify.megatron_logprobs(policy, sequences)
-    assert ours is not None, "one process is the last stage"
-    result = verify.compare(sequences, theirs, ours, tolerance=args.tolerance)
-    if args.report is not None:
-        verify.write_report(args.report, result, hf=str(args.hf), checkpoint=args.load and str(args.load), dtype="fp32")
-    print(verify.describe(result))
+        sequences, text = verify.text_sequences(args.text, source, args.tokenizer, count=count, length=length)
+    tolerance = args.tolerance
+    if tolerance is None:
+        tolerance = verify.BF16_TOLERANCE if args.bf16 else verify.TOLERANCE
+    from megatron_groupdpo.mcore.setup import initialize, shut_down
+
+    ranks = initialize(parallel, seed=0)
+    result = verify.verify_on_layout(
+        source,
+        args.load,
+        sequences,
+        parallel=parallel,
+        precision=PrecisionConfig(bf16=args.bf16),
+        ranks=ranks,
+        tolerance=tolerance,
+        text=text,
+    )
+    if ranks.is_logger:
+        print(verify.describe(result), flush=True)
+        if args.report is not None:
+            layout = {name: getattr(parallel, name) for name in _SIZES}
+            said = {"hf": str(args.hf), "checkpoint": args.load and str(args.load), "layout": layout}
+            verify.write_report(args.report, result, **said, dtype="bf16" if args.bf16 else "fp32")
+    shut_down()
     if not result.passed:
         raise CheckpointError(
             f"{args.load or 'the imported model'} and {args.hf} are not the same model: their log-probabilities differ "
-            f"by more than {args.tolerance:g}; convert again, or raise --tolerance if weights were rounded on the way"
+            f"by more than {tolerance:g}; convert again, or raise --tolerance if weights were rounded on the way"
         )
+
+
+def check_divides(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Refuse a layout that does not divide the model.
+
+    Raises:
+        ConfigError: the size and what it must divide.
+    """
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    for size, option, number, what in (
+        (tensor, "--tensor-model-parallel-size", model.num_attention_heads, "attention heads"),
+        (tensor, "--tensor-model-parallel-size", model.ffn_hidden_size or 4 * model.hidden_size, "rows of the MLP"),
+        (stages, "--pipeline-model-parallel-size", model.num_layers, "layers"),
+    ):
+        if number % size:
+            raise ConfigError(f"{option} ({size}) must divide the model's {number} {what}; choose another")
 
 
 def _name(dtype: object) -> str:

@@ -32,7 +32,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--load", required=True, metavar="FOLDER", help="checkpoint of the reference model")
+    parser.add_argument(
+        "--load",
+        required=True,
+        metavar="FOLDER",
+        help="the reference model: a checkpoint, a Hugging Face folder or hub name",
+    )
     parser.add_argument("--data-path", required=True, nargs="+", metavar="STORE", help="token stores to score")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the log-probabilities are kept")
     size = parser.add_mutually_exclusive_group()
@@ -143,12 +148,12 @@ def main() -> None:
     precision = chosen_precision(args)
     check_token_budget(args.max_tokens_per_microbatch, stores, parallel, precision)
     # Megatron takes seconds to import: a mistyped path is answered before.
-    from megatron_groupdpo.mcore.policy import load_policy
+    from megatron_groupdpo.convert.start_weights import load_any_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.reference.score import score_store
 
     ranks = initialize(parallel, seed=0)
-    policy = load_policy(Path(args.load), parallel, precision, ranks)
+    policy = load_any_policy(args.load, parallel, precision, ranks)
     plan = plan_options(
         parallel,
         precision=precision,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,30 @@ from megatron_groupdpo.config.options import did_you_mean, nearest, options, sec
 from megatron_groupdpo.config.train_config import TrainConfig
 from megatron_groupdpo.errors import ConfigError
 
+type Given = dict[tuple[str, str], Any]
+"""Values by (section, field)."""
 
-def load_config(argv: Sequence[str]) -> TrainConfig:
+
+def load_config(argv: Sequence[str], *, complete: Callable[[Given], Given] = lambda given: given) -> TrainConfig:
     """The configuration of a training run from its command line (without the program's name).
 
     Types and ranges are checked here; what fields must be together, in :func:`validate`, once the world size is
     known. ``--help`` prints the help and exits.
 
+    Args:
+        argv: the words.
+        complete: adds values that follow from what is given, before what is missing is refused.
+
     Raises:
         ConfigError: an unknown key or flag, a value that does not fit its field, a required field not given, or
             a file that cannot be read.
     """
-    return load(TrainConfig, argv)
+    return load(TrainConfig, argv, complete=complete)
 
 
-def load[C](config_class: type[C], argv: Sequence[str]) -> C:
+def load[C](
+    config_class: type[C], argv: Sequence[str], *, complete: Callable[[Given], Given] = lambda given: given
+) -> C:
     """As :func:`load_config`, for any class made of sections."""
     path, flags = parse_flags(config_class, argv)
     given = read_yaml(config_class, Path(path)) if path is not None else {}
@@ -37,6 +46,7 @@ def load[C](config_class: type[C], argv: Sequence[str]) -> C:
         if option.name in flags:
             value = convert(flags[option.name], option.hint, where=option.flag, choices=option.choices)
             given[option.section, option.name] = value
+    given = complete(given)
     missing = [o for o in options(config_class) if o.required and (o.section, o.name) not in given]
     if missing:
         names = ", ".join(f"{o.name} ({o.section})" for o in missing)

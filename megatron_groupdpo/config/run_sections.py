@@ -170,17 +170,22 @@ class CheckpointConfig:
     save: str | None = None
     """Folder to write checkpoints to; one is always written at the end."""
     load: str | None = None
-    """Folder to resume from: weights, optimizer, schedule, place in the data (the order follows from the seed)."""
+    """Folder to resume from: weights, optimizer, schedule, place in the data (the order follows from the seed). Or a
+    Hugging Face model to start from: its folder, or hf://org/name; a checkpoint in save then goes first."""
     save_interval: PositiveInt | None = None
     """Write a checkpoint every so many iterations."""
     pretrained_checkpoint: str | None = None
-    """Folder of the weights to start from; used where load holds no checkpoint yet."""
+    """Folder of the weights to start from, or a Hugging Face model; used where load holds no checkpoint yet."""
     finetune: bool = False
     """Take only the weights from load and start at iteration 0."""
     no_load_optim: bool = False
     """Do not load the optimizer's state."""
     exit_on_missing_checkpoint: bool = False
     """Refuse to start when load holds no checkpoint, instead of starting anew."""
+    export_hf: str | None = None
+    """Folder to write the model to at the end of the run, in Hugging Face form."""
+    export_hf_interval: PositiveInt | None = None
+    """Also every so many iterations, into folders beside it: FOLDER-iter_0000100."""
     ckpt_format: Literal["torch_dist"] = "torch_dist"
     """Format of checkpoints."""
 

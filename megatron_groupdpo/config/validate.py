@@ -15,6 +15,7 @@ from megatron_groupdpo.config.derived import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.export_rules import export_problems
 from megatron_groupdpo.config.fp8 import fp8_problems, kernel_problems, length_multiple
 from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
@@ -45,6 +46,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *_data_problems(config),
             *_checkpoint_problems(config),
             *speed_problems(config),
+            *export_problems(config.checkpoint),
             *_idle_fields(config),
             *_not_yet_problems(config),
         ]

@@ -6,9 +6,10 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from megatron_groupdpo.convert.agreement import on_first_rank, together
 from megatron_groupdpo.errors import CheckpointError
 
 
@@ -63,6 +64,20 @@ def new_folder(target: Path, *, overwrite: bool, marker: str, source: Path | Non
         raise CheckpointError(f"{target}: cannot be written ({error}); nothing was left there") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def new_folder_of_all_ranks(target: Path, *, overwrite: bool, marker: str, source: Path | None) -> Iterator[Path]:
+    """As :func:`new_folder`, with one folder for all ranks; an error of any leaves nothing and is raised on all.
+
+    The file system is one that all ranks see.
+    """
+    with ExitStack() as stack:
+        new = new_folder(target, overwrite=overwrite, marker=marker, source=source)
+        partial = on_first_rank(lambda: stack.enter_context(new))
+        with together():
+            yield partial
+        on_first_rank(stack.close)
 
 
 def _move(partial: Path, target: Path) -> None:

@@ -27,8 +27,17 @@ class _Place:
     """As safetensors spells it."""
 
 
+def refuse_gguf(path: Path) -> None:
+    """Refuse a GGUF file, or a folder that holds one (and, as the caller knows, no model that can be read)."""
+    if path.suffix == ".gguf" or any(path.glob("*.gguf")):
+        raise CheckpointError(
+            f"{path} is or holds a GGUF file, made for inference and most often quantized; give the folder of the "
+            "original model, with safetensors"
+        )
+
+
 class HfWeights:
-    """All tensors of a folder by name. Files are mapped into memory; only tensors that are read are loaded."""
+    """All tensors of a folder by name. Only what is asked for is read, and nothing stays in memory."""
 
     def __init__(self, folder: Path) -> None:
         """Open every file and read its header.
@@ -37,7 +46,7 @@ class HfWeights:
             CheckpointError: no safetensors, a missing or corrupt file, an index that does not fit the files.
         """
         self.folder = folder
-        self._files: dict[Path, Any] = {}
+        self._opened: tuple[Path, Any] | None = None
         self._places = self._read_index(folder / INDEX) if (folder / INDEX).exists() else self._read_single()
 
     @property
@@ -62,25 +71,28 @@ class HfWeights:
             found.add(_DTYPES[dtype])
         return found.pop() if len(found) == 1 else torch.float32
 
-    def read(self, name: str) -> Tensor:
-        """The whole tensor, in host memory."""
+    def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
+        """The tensor, or a window of it, in host memory; of the rows outside the window nothing is read."""
         place = self._places[name]
         try:
-            return self._open(place.file).get_tensor(name)
+            opened = self._open(place.file)
+            return opened.get_slice(name)[window] if window else opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{place.file}: tensor {name!r} cannot be read ({error}); get the file again"
             ) from None
 
     def _open(self, file: Path) -> Any:
-        if file not in self._files:
+        """One file is open at a time: a large model has more than a process may have open."""
+        if self._opened is None or self._opened[0] != file:
             try:
-                self._files[file] = safe_open(file, framework="pt", device="cpu")
+                # pread: pages of a mapped file would count as this process's memory until it is closed
+                self._opened = file, safe_open(file, framework="pt", device="cpu", backend="pread")
             except FileNotFoundError:
                 raise CheckpointError(f"{file} is missing, though {INDEX} names it; get the model again") from None
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} is not a whole safetensors file ({error}); get it again") from None
-        return self._files[file]
+        return self._opened[1]
 
     def _header(self, file: Path) -> dict[str, _Place]:
         opened = self._open(file)
@@ -93,17 +105,25 @@ class HfWeights:
     def _read_index(self, index: Path) -> dict[str, _Place]:
         try:
             weight_map: dict[str, str] = dict(json.loads(index.read_text())["weight_map"])
+            files = {file: Path(file) for file in weight_map.values()}
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{index} is not an index of safetensors files ({error}); get it again") from None
+        for file, path in files.items():
+            if path.name != file:
+                raise CheckpointError(f"{index} names {file!r}, which is not a file of this folder; get it again")
         headers = {file: self._header(self.folder / file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in headers[file]:
                 raise CheckpointError(f"{self.folder / file} lacks the tensor {name!r}, though {INDEX} places it there")
-        return {name: headers[file][name] for name, file in weight_map.items()}
+        # the files' other tensors too: one that the index forgot would change the model
+        return {name: place for header in headers.values() for name, place in header.items()} | {
+            name: headers[file][name] for name, file in weight_map.items()
+        }
 
     def _read_single(self) -> dict[str, _Place]:
         if (self.folder / WEIGHTS).exists():
             return self._header(self.folder / WEIGHTS)
+        refuse_gguf(self.folder)
         if any(self.folder.glob("*.bin")):
             raise CheckpointError(
                 f"{self.folder} holds its weights as .bin files, which can run code when read; write them as "

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families import Family, HfConfig, family_of_config
 from megatron_groupdpo.convert.families.base import require
-from megatron_groupdpo.convert.hf_files import HfWeights
+from megatron_groupdpo.convert.hf_files import INDEX, WEIGHTS, HfWeights, refuse_gguf
 from megatron_groupdpo.convert.plan import Key, Pair, conversion_plan
 from megatron_groupdpo.errors import CheckpointError, ConfigError
 
@@ -27,6 +27,8 @@ CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 _SHOWN = 3
 """Tensors named in one message."""
+_ROWS_AT_ONCE = 4096
+"""Of two tensors that are compared."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,),
@@ -67,6 +69,26 @@ class HfModel:
         pair = self.plan[key]
         return pair.merge([self.weights.read(self.names[name]) for name in pair.hf])
 
+    def read_into(self, out: Tensor, key: Key, window: tuple[slice, ...]) -> None:
+        """Copy a window of a tensor whose pair :attr:`~Pair.moves_rows`; beside the window little is read."""
+        pair = self.plan[key]
+        rows, *columns = (range(size)[part] for size, part in zip(pair.shape, window, strict=True))
+        beside = tuple(slice(part.start, part.stop) for part in columns)
+        start = 0
+        for name, first, last in pair.sources(rows):
+            part = self.weights.read(self.names[name], (slice(first, last), *beside))
+            out[start : start + len(part)].copy_(part)
+            start += len(part)
+        assert start == len(rows)
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder is meant as a Hugging Face model, not as a distributed checkpoint."""
+    if (folder / "latest_checkpointed_iteration.txt").exists() or (folder / "metadata.json").exists():
+        return False
+    names = (CONFIG, "adapter_config.json", WEIGHTS, INDEX)
+    return folder.suffix == ".gguf" or any((folder / name).exists() for name in names)
+
 
 def open_hf_model(folder: Path) -> HfModel:
     """Read a folder's configuration and headers, and check them against each other.
@@ -75,13 +97,7 @@ def open_hf_model(folder: Path) -> HfModel:
         ConfigError: an architecture or field that cannot be converted.
         CheckpointError: not a model folder, a LoRA adapter, corrupt files; a tensor missing, unknown or misshapen.
     """
-    config = _read_config(folder)
-    try:
-        family = family_of_config(config)
-        config = text_part(family, config)
-        model = model_of_config(family, config)
-    except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG}: {error}") from None
+    family, config, model = config_of_folder(folder)
     weights = HfWeights(folder)
     plan = conversion_plan(family, model)
     expected = {name: shape for pair in plan.values() for name, shape in pair.hf.items()}
@@ -105,6 +121,22 @@ def open_hf_model(folder: Path) -> HfModel:
         names=names,
         ignored=ignored,
     )
+
+
+def config_of_folder(folder: Path) -> tuple[Family, dict[str, Any], ModelConfig]:
+    """Family, configuration (of a wrapper, the inner model's) and model section; the weights are not looked at.
+
+    Raises:
+        ConfigError: an architecture or field that cannot be converted.
+        CheckpointError: not a model folder.
+    """
+    config = _read_config(folder)
+    try:
+        family = family_of_config(config)
+        config = text_part(family, config)
+        return family, config, model_of_config(family, config)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from None
 
 
 def model_of_config(family: Family, config: HfConfig) -> ModelConfig:
@@ -137,6 +169,7 @@ def text_part(family: Family, config: dict[str, Any]) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
+        refuse_gguf(folder)
         what = "is a file" if folder.exists() else "does not exist"
         raise CheckpointError(f"{folder} {what}; give the folder of a Hugging Face model")
     if (folder / "adapter_config.json").exists():
@@ -145,6 +178,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "peft's merge_and_unload(), and convert the result"
         )
     if not (folder / CONFIG).is_file():
+        refuse_gguf(folder)
         raise CheckpointError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face model")
     try:
         config = json.loads((folder / CONFIG).read_text())
@@ -195,7 +229,12 @@ def _check_names(
 
 
 def _check_copy(folder: Path, copy: str, original: str, weights: HfWeights) -> None:
-    if not torch.equal(weights.read(copy), weights.read(original)):
+    shapes = weights.shapes
+    rows = shapes[original][0]
+    blocks = [(slice(row, min(row + _ROWS_AT_ONCE, rows)),) for row in range(0, rows, _ROWS_AT_ONCE)]
+    if shapes[copy] != shapes[original] or not all(
+        torch.equal(weights.read(copy, block), weights.read(original, block)) for block in blocks
+    ):
         raise CheckpointError(
             f"{folder}: {CONFIG} ties the embeddings, but the tensors {copy!r} and {original!r} differ; "
             "set tie_word_embeddings to false there if the output layer has weights of its own"

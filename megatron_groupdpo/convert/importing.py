@@ -13,10 +13,12 @@ import yaml
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert import tokenizers
-from megatron_groupdpo.convert.folders import check_target, new_folder
-from megatron_groupdpo.convert.hf_model import GENERATION_CONFIG, HfModel, open_hf_model
-from megatron_groupdpo.convert.weights import fill, with_vocabulary_padding
-from megatron_groupdpo.data.tokenizer import Tokenizer, TokenizerOptions
+from megatron_groupdpo.convert.agreement import on_first_rank, together
+from megatron_groupdpo.convert.folders import check_target, new_folder_of_all_ranks
+from megatron_groupdpo.convert.hf_model import CONFIG, GENERATION_CONFIG, HfModel, open_hf_model
+from megatron_groupdpo.convert.tokenizers import ModelTokenizer
+from megatron_groupdpo.convert.weights import fill_on_all_ranks, with_vocabulary_padding
+from megatron_groupdpo.data.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError
 from megatron_groupdpo.mcore.checkpoint import TRACKER, Progress, save_checkpoint
 from megatron_groupdpo.mcore.policy import build_policy, model_identity
@@ -53,22 +55,34 @@ class ImportReport:
     has_tokenizer: bool
 
 
-def import_hf(folder: Path, output: Path, options: ImportOptions, ranks: Ranks) -> ImportReport:
-    """Write ``output/iter_0000000``, its tracker, ``model.yaml`` and the tokenizer; one process holds the model.
+def import_hf(
+    folder: Path, output: Path, options: ImportOptions, ranks: Ranks, *, parallel: ParallelConfig | None = None
+) -> ImportReport:
+    """Write ``output/iter_0000000``, its tracker, ``model.yaml`` and the tokenizer.
+
+    Every rank makes the same call, holds its part of the model on the layout, and reads what that part needs; the
+    checkpoint loads on any layout.
 
     Raises:
         ConfigError: a field of config.json that cannot be converted.
         CheckpointError: something is wrong with the folder, or the output cannot be made.
         DataError: the tokenizer does not fit.
     """
-    source, model, tokenizer = prepare_import(folder, output, options)
+    with together():
+        source, model, tokenizer = prepare_import(folder, output, options)
     bf16 = options.dtype == "bf16" or (options.dtype == "keep" and source.dtype == torch.bfloat16)
-    policy = build_policy(model, ParallelConfig(), PrecisionConfig(bf16=bf16), ranks, seed=0, training=False)
-    fill(policy, source)
-    with new_folder(output, overwrite=options.overwrite, marker=TRACKER, source=folder) as partial:
-        section = {"model": dataclasses.asdict(model)}
-        described = _keep_tokenizer(tokenizer, partial, output)
+    policy = build_policy(
+        model, parallel or ParallelConfig(), PrecisionConfig(bf16=bf16), ranks, seed=None, training=False
+    )
+    fill_on_all_ranks(policy, source)
+    section = {"model": dataclasses.asdict(model)}
+
+    def write_beside(partial: Path) -> dict[str, Any] | None:
         (partial / MODEL_YAML).write_text(yaml.safe_dump(section, sort_keys=False))
+        return _keep_tokenizer(tokenizer, partial, output)
+
+    with new_folder_of_all_ranks(output, overwrite=options.overwrite, marker=TRACKER, source=folder) as partial:
+        described = on_first_rank(lambda: write_beside(partial))
         save_checkpoint(
             partial,
             policy.chunks,
@@ -77,7 +91,7 @@ def import_hf(folder: Path, output: Path, options: ImportOptions, ranks: Ranks) 
             config={
                 "yaml": yaml.safe_dump(section, sort_keys=False),
                 "tokenizer": described,
-                "hugging_face": _kept(source, options),
+                "hugging_face": kept_of(source, options.dtype),
             },
         )
     return ImportReport(
@@ -89,7 +103,9 @@ def import_hf(folder: Path, output: Path, options: ImportOptions, ranks: Ranks) 
     )
 
 
-def prepare_import(folder: Path, output: Path, options: ImportOptions) -> tuple[HfModel, ModelConfig, Tokenizer | None]:
+def prepare_import(
+    folder: Path, output: Path, options: ImportOptions
+) -> tuple[HfModel, ModelConfig, ModelTokenizer | None]:
     """Everything that can be refused, before a model is built."""
     source = open_hf_model(folder)
     check_target(output, overwrite=options.overwrite, marker=TRACKER, source=folder)
@@ -103,28 +119,33 @@ def prepare_import(folder: Path, output: Path, options: ImportOptions) -> tuple[
     return source, model, tokenizers.load_checked(tokenizers.options_for(str(folder.resolve())), model)
 
 
-def _keep_tokenizer(tokenizer: Tokenizer | None, partial: Path, output: Path) -> dict[str, Any] | None:
-    """Save the tokenizer in the Hugging Face form beside the checkpoint; how the checkpoint names it."""
+def _keep_tokenizer(tokenizer: ModelTokenizer | None, partial: Path, output: Path) -> dict[str, Any] | None:
+    """Write the tokenizer into the checkpoint; what the checkpoint will say of it."""
     if tokenizer is None:
         return None
     kept = partial / tokenizers.FOLDER
-    tokenizer.save(kept)
+    tokenizer.write(kept)
     # Described as it will be read: a SentencePiece model saved in this form has another digest.
     saved = tokenizers.load_tokenizer(TokenizerOptions(kind="HuggingFaceTokenizer", model=str(kept.resolve())))
     final = output.resolve() / tokenizers.FOLDER
     return tokenizers.describe(saved, TokenizerOptions(kind="HuggingFaceTokenizer", model=str(final)))
 
 
-def _kept(source: HfModel, options: ImportOptions) -> dict[str, Any]:
-    """What a later export restores word for word."""
-    dtype = options.dtype
+def kept_of(source: HfModel, dtype: str = "keep") -> dict[str, Any]:
+    """What a checkpoint says of its Hugging Face origin, for a later export to restore word for word.
+
+    Raises:
+        CheckpointError: generation_config.json is not JSON.
+    """
     if dtype == "keep":
         dtype = next(name for name, value in DTYPES.items() if value == source.dtype)
     kept: dict[str, Any] = {"family": source.family.name, "dtype": dtype, "config": source.config}
+    kept["texts"] = {CONFIG: (source.folder / CONFIG).read_text(encoding="utf-8")}
     file = source.folder / GENERATION_CONFIG
     if file.exists():
         try:
-            kept["generation_config"] = json.loads(file.read_text())
+            kept["texts"][GENERATION_CONFIG] = file.read_text(encoding="utf-8")
+            kept["generation_config"] = json.loads(kept["texts"][GENERATION_CONFIG])
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON ({error}); get it again, or remove it") from None
     return kept

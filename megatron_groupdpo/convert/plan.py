@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +11,11 @@ from torch import Tensor
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families import Family
 from megatron_groupdpo.convert.megatron_names import Shape, is_per_layer, megatron_tensors
-from megatron_groupdpo.convert.transforms import Transform
+from megatron_groupdpo.convert.transforms import COPY, GATE_UP, QKV, Transform
 
 Key = tuple[str, int | None]
 """Megatron's global name and the layer; None for tensors outside the layers."""
+_MOVES_ROWS = (COPY, QKV, GATE_UP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +32,28 @@ class Pair:
     def merge(self, parts: list[Tensor]) -> Tensor:
         """Hugging Face to Megatron."""
         return self.transform.merge(parts, self.model)
+
+    @property
+    def moves_rows(self) -> bool:
+        """Whether each row of the Megatron tensor is a row of a Hugging Face tensor, columns untouched."""
+        return any(self.transform is known for known in _MOVES_ROWS)
+
+    def sources(self, rows: range) -> Iterator[tuple[str, int, int]]:
+        """Where rows of the Megatron tensor come from: (name, first row, row after the last), in order."""
+        if self.transform is COPY:  # also of a vocabulary, too long for numbers row by row
+            if rows:
+                yield next(iter(self.hf)), rows.start, rows.stop
+            return
+        # What the transform does to rows is what it does to their numbers: one bias-like vector for each part.
+        sizes = [shape[0] for shape in self.hf.values()]
+        numbers = self.merge(list(torch.arange(sum(sizes), device="cpu").split(sizes)))[rows.start : rows.stop]
+        ends = torch.tensor(sizes, device="cpu").cumsum(0)
+        names, parts = list(self.hf), torch.bucketize(numbers, ends, right=True)
+        breaks = ((numbers.diff() != 1) | (parts.diff() != 0)).nonzero()[:, 0] + 1
+        for run, part in zip(numbers.tensor_split(breaks), parts.tensor_split(breaks)):
+            if len(run):
+                before = int(ends[part[0]]) - sizes[part[0]]
+                yield names[part[0]], int(run[0]) - before, int(run[-1]) - before + 1
 
     def split(self, whole: Tensor) -> dict[str, Tensor]:
         """Megatron to Hugging Face."""

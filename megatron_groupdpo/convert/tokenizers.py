@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,33 @@ from megatron_groupdpo.errors import CheckpointError, DataError
 FOLDER = "tokenizer"
 """Beside the ``iter_`` folders of an imported checkpoint."""
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+_KEPT = (
+    *_FILES,
+    *("vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates"),
+)
+"""Everything beside a model that ``transformers`` makes its tokenizer from."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelTokenizer:
+    """A tokenizer and where it was loaded from."""
+
+    tokenizer: Tokenizer
+    options: TokenizerOptions
+
+    def write(self, folder: Path) -> None:
+        """Write it for ``transformers``: byte for byte the files it was loaded from, where those are a folder's."""
+        home = Path(self.options.model).expanduser()
+        if self.options.kind != "HuggingFaceTokenizer" or self.options.chat_template or not home.is_dir():
+            self.tokenizer.save(folder)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (home / name for name in _KEPT):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            elif path.exists():
+                shutil.copyfile(path, folder / path.name)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -27,7 +56,7 @@ def options_for(path: str) -> TokenizerOptions:
     )
 
 
-def load_checked(options: TokenizerOptions, model: ModelConfig) -> Tokenizer:
+def load_checked(options: TokenizerOptions, model: ModelConfig) -> ModelTokenizer:
     """Load a tokenizer whose every id has a row in the model's embedding.
 
     Raises:
@@ -41,7 +70,7 @@ def load_checked(options: TokenizerOptions, model: ModelConfig) -> Tokenizer:
             f"{model.vocab_size} rows; give the model's own tokenizer with --tokenizer, or enlarge the embedding first "
             "(transformers: model.resize_token_embeddings)"
         )
-    return tokenizer
+    return ModelTokenizer(tokenizer=tokenizer, options=options)
 
 
 def describe(tokenizer: Tokenizer, options: TokenizerOptions) -> dict[str, Any]:
@@ -58,7 +87,7 @@ def describe(tokenizer: Tokenizer, options: TokenizerOptions) -> dict[str, Any]:
     }
 
 
-def of_checkpoint(said: Mapping[str, Any] | None, folder: Path, model: ModelConfig) -> Tokenizer | None:
+def of_checkpoint(said: Mapping[str, Any] | None, folder: Path, model: ModelConfig) -> ModelTokenizer | None:
     """The tokenizer that a checkpoint names, or None where it names none.
 
     Args:
@@ -77,14 +106,14 @@ def of_checkpoint(said: Mapping[str, Any] | None, folder: Path, model: ModelConf
     if not Path(options.model).exists() and moved.is_dir():
         options = TokenizerOptions(kind="HuggingFaceTokenizer", model=str(moved))
     try:
-        tokenizer = load_checked(options, model)
+        loaded = load_checked(options, model)
     except DataError as error:
         raise CheckpointError(
             f"{folder}: its tokenizer cannot be used: {error}; give it with --tokenizer, or pass --no-tokenizer"
         ) from None
-    if tokenizer.digest != said["digest"]:
+    if loaded.tokenizer.digest != said["digest"]:
         raise CheckpointError(
             f"{folder}: the tokenizer {options.model} has changed since the checkpoint was written; "
             "give the right one with --tokenizer, or this one if the change is meant"
         )
-    return tokenizer
+    return loaded

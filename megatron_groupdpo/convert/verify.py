@@ -5,25 +5,38 @@ A reward is a difference of log-probabilities, so closeness is asked of these an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
+from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert import tokenizers
+from megatron_groupdpo.convert.agreement import together
 from megatron_groupdpo.convert.hf_model import HfModel
+from megatron_groupdpo.convert.weights import check_same_model, fill_on_all_ranks
 from megatron_groupdpo.errors import ConfigError, DataError
-from megatron_groupdpo.mcore.policy import Policy
+from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
+from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.types import Microbatch
 
 TOLERANCE = 1e-4
 """Largest difference of one token's log-probability, in fp32."""
+BF16_TOLERANCE = 0.5
+"""The same with Megatron's side in bf16, which rounds each operation to 3 digits; see docs/conversion.md."""
+_AT_ONCE = 8
+"""Sequences of one schedule call on a rank."""
+_BEFORE = 20
+"""Tokens shown before the worst one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +47,10 @@ class WorstToken:
     position: int
     """The predicted token's, from 0; token 0 has no prediction."""
     token_id: int
+    token: str | None
+    """Its text, where the comparison is of text."""
+    before: str | None
+    """The text it follows, its end."""
     transformers: float | None
     """None: not a number."""
     megatron: float | None
@@ -59,8 +76,10 @@ def random_sequences(vocab_size: int, *, count: int, length: int, seed: int) -> 
     return [generator.integers(0, vocab_size, size=length, dtype=np.int64) for _ in range(count)]
 
 
-def text_sequences(file: Path, source: HfModel, tokenizer: str | None, *, count: int, length: int) -> list[np.ndarray]:
-    """The first ``count`` lines of a text file as token ids, each cut to ``length``.
+def text_sequences(
+    file: Path, source: HfModel, tokenizer: str | None, *, count: int, length: int
+) -> tuple[list[np.ndarray], Callable[[Sequence[int]], str]]:
+    """The first ``count`` lines of a text file as token ids, each cut to ``length``; and what makes them text again.
 
     Raises:
         DataError: the file or the tokenizer cannot be read, or no line has two tokens.
@@ -68,7 +87,7 @@ def text_sequences(file: Path, source: HfModel, tokenizer: str | None, *, count:
     if tokenizer is None and not tokenizers.has_tokenizer(source.folder):
         raise DataError(f"{source.folder} has no tokenizer to read {file} with; give one with --tokenizer")
     options = tokenizers.options_for(str(source.folder) if tokenizer is None else tokenizer)
-    loaded = tokenizers.load_checked(options, source.model)
+    loaded = tokenizers.load_checked(options, source.model).tokenizer
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -77,13 +96,59 @@ def text_sequences(file: Path, source: HfModel, tokenizer: str | None, *, count:
     sequences = [tokens for tokens in ids if len(tokens) > 1][:count]
     if not sequences:
         raise DataError(f"{file}: no line has two tokens or more, so there is nothing to compare")
-    return sequences
+    return sequences, loaded.decode
 
 
 def check_length(model_positions: int, length: int) -> None:
     """Refuse sequences longer than the model has positions for."""
     if not 2 <= length <= model_positions:
         raise ConfigError(f"--seq-length must be between 2 and the model's {model_positions} positions, got {length}")
+
+
+def verify_on_layout(
+    source: HfModel,
+    checkpoint: Path | None,
+    sequences: Sequence[np.ndarray],
+    *,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    ranks: Ranks,
+    tolerance: float,
+    text: Callable[[Sequence[int]], str] | None = None,
+) -> Comparison:
+    """Compare on this launch's layout; the same answer on every rank.
+
+    The rank that holds the output layer and writes the logs runs ``transformers``, before Megatron's model is built.
+
+    Args:
+        source: the Hugging Face model.
+        checkpoint: a distributed checkpoint of it; none: ``source`` itself is loaded.
+        sequences: token ids.
+        parallel: the layout, one replica.
+        precision: of Megatron's side.
+        ranks: of this process.
+        tolerance: largest difference.
+        text: token ids to text, for the worst token.
+
+    Raises:
+        CheckpointError: the checkpoint is of another model, or broken.
+    """
+    with together():
+        theirs = transformers_logprobs(source.folder, sequences) if ranks.is_logger else None
+    if checkpoint is None:
+        policy = build_policy(source.model, parallel, precision, ranks, seed=None, training=False)
+        fill_on_all_ranks(policy, source)
+    else:
+        policy = load_policy(checkpoint, parallel, precision, ranks)
+        check_same_model(source, policy.model)
+    ours = megatron_logprobs(policy, sequences)
+    answers: list[Any] = [None] * dist.get_world_size()
+    own = None
+    if theirs is not None:
+        assert ours is not None, "the logging rank is on the last stage"
+        own = compare(sequences, theirs, ours, tolerance=tolerance, text=text)
+    dist.all_gather_object(answers, own)
+    return next(answer for answer in answers if answer is not None)
 
 
 def transformers_logprobs(folder: Path, sequences: Sequence[np.ndarray]) -> list[Tensor]:
@@ -93,7 +158,7 @@ def transformers_logprobs(folder: Path, sequences: Sequence[np.ndarray]) -> list
     model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
     model.eval()
     logprobs = []
-    for tokens in sequences:
+    for tokens in tqdm(sequences, desc="transformers", unit=" sequences", delay=2.0, leave=False):
         tokens_S = torch.from_numpy(tokens)
         with torch.no_grad():
             logits_SV = model(input_ids=tokens_S[None], use_cache=False).logits[0].float()
@@ -103,14 +168,25 @@ def transformers_logprobs(folder: Path, sequences: Sequence[np.ndarray]) -> list
 
 def megatron_logprobs(policy: Policy, sequences: Sequence[np.ndarray]) -> list[Tensor] | None:
     """The same under a policy, on any tensor- and pipeline-parallel layout; None except on the last stage."""
-    assert policy.ranks.dp_cp_group.size() == 1, "every rank scores every sequence"
+    assert policy.ranks.cp_group.size() == 1, "sequences are not cut"
     longest = max(len(tokens) for tokens in sequences)
     lengths = [len(tokens) - 1 for tokens in sequences]
     microbatches, first = [], 0
     for tokens in sequences:
         microbatches.append(_microbatch(torch.from_numpy(tokens), first=first, length=longest))
         first += len(tokens) - 1
-    logprobs_T = policy.engine.score(microbatches, first)
+    # Ranks that share experts and nothing else take different sequences, as many each.
+    count, rank = policy.ranks.dp_group.size(), policy.ranks.dp_group.rank()
+    if count > 1:
+        microbatches += [_without_targets(microbatches[0])] * (-len(microbatches) % count)
+    parts: list[Tensor] = []
+    mine = microbatches[rank::count]
+    logprobs_T = None
+    for index in tqdm(range(0, len(mine), _AT_ONCE), desc="megatron", unit=" batches", delay=2.0, leave=False):
+        part_T = policy.engine.score(mine[index : index + _AT_ONCE], first)
+        parts += [] if part_T is None else [part_T]
+    if parts:
+        logprobs_T = torch.stack(parts).sum(0)
     return None if logprobs_T is None else list(logprobs_T.cpu().split(lengths))
 
 
@@ -129,12 +205,20 @@ def _microbatch(tokens_S: Tensor, *, first: int, length: int) -> Microbatch:
     )
 
 
+def _without_targets(microbatch: Microbatch) -> Microbatch:
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return dataclasses.replace(
+        microbatch, hidden_positions_T=nothing, targets_T=nothing, owners_T=nothing, responses_r=nothing
+    )
+
+
 def compare(
     sequences: Sequence[np.ndarray],
     theirs: Sequence[Tensor],
     ours: Sequence[Tensor],
     *,
     tolerance: float = TOLERANCE,
+    text: Callable[[Sequence[int]], str] | None = None,
 ) -> Comparison:
     """Largest and mean difference. A log-probability that is not a number on either side never passes."""
     both = [(their.double(), our.double()) for their, our in zip(theirs, ours, strict=True)]
@@ -155,6 +239,10 @@ def compare(
             sequence=sequence,
             position=place + 1,
             token_id=int(sequences[sequence][place + 1]),
+            token=None if text is None else text(sequences[sequence][place + 1 : place + 2].tolist()),
+            before=None
+            if text is None
+            else text(sequences[sequence][max(0, place + 1 - _BEFORE) : place + 1].tolist()),
             transformers=_finite(float(both[sequence][0][place])),
             megatron=_finite(float(both[sequence][1][place])),
         ),
@@ -177,11 +265,12 @@ def write_report(file: Path, comparison: Comparison, **said: Any) -> None:
 def describe(comparison: Comparison) -> str:
     """The comparison in lines for people."""
     worst = comparison.worst
+    shown = f" ({worst.token!r} after {worst.before!r})" if worst.token is not None else ""
     return (
         f"{comparison.num_tokens} tokens of {comparison.num_sequences} sequences: difference of log-probabilities "
         f"max {_number(comparison.max_difference)}, mean {_number(comparison.mean_difference)} "
         f"(tolerance {comparison.tolerance:g})\n"
-        f"worst token: id {worst.token_id} at position {worst.position} of sequence {worst.sequence}: "
+        f"worst token: id {worst.token_id}{shown} at position {worst.position} of sequence {worst.sequence}: "
         f"transformers {_number(worst.transformers, '.6f')}, megatron {_number(worst.megatron, '.6f')}"
     )
 

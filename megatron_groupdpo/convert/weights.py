@@ -7,17 +7,20 @@ the whole tensor, keep the window. Rows beyond the whole tensor pad the vocabula
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_groupdpo.config import ModelConfig
+from megatron_groupdpo.convert.agreement import together
 from megatron_groupdpo.convert.hf_model import HfModel, open_hf_model
-from megatron_groupdpo.convert.megatron_names import canonical_name, megatron_tensors
+from megatron_groupdpo.convert.megatron_names import canonical_name
 from megatron_groupdpo.convert.plan import Key
+from megatron_groupdpo.convert.progress import byte_bar
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.policy import Policy, model_identity
@@ -36,9 +39,10 @@ def load_hf_weights(folder: Path, policy: Policy) -> HfModel:
         ConfigError: the folder's model is not the policy's, or cannot be converted.
         CheckpointError: see :func:`open_hf_model`.
     """
-    source = open_hf_model(folder)
-    check_same_model(source, policy.model)
-    fill(policy, source)
+    with together():
+        source = open_hf_model(folder)
+        check_same_model(source, policy.model)
+    fill_on_all_ranks(policy, source)
     return source
 
 
@@ -54,20 +58,36 @@ def check_same_model(source: HfModel, model: ModelConfig) -> None:
         raise ConfigError(f"{source.folder} is another model ({'; '.join(differ)}); make the model section agree")
 
 
-def fill(policy: Policy, source: HfModel) -> None:
-    """Copy the source's weights into the policy's shards on this rank."""
+def fill(policy: Policy, source: HfModel, *, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+    """Copy the source's weights into the policy's shards on this rank.
+
+    Beside the shards, at most the part of one tensor that goes into a shard is held (of a few kinds of tensor, the
+    whole tensor). ``on_bytes`` is told of each shard's size.
+    """
     last: tuple[Key, Tensor] | None = None  # the halves of a gated MLP are two shards of one tensor
     for shard in policy_shards(policy):
-        key = key_of(shard)
-        if last is None or last[0] != key:
-            last = (key, source.read(key))
-        whole = last[1]
-        window = window_of(shard)
-        assert shard.allow_shape_mismatch or shard.global_shape[shard.prepend_axis_num :] == tuple(whole.shape), key
+        key, window = key_of(shard), window_of(shard)
+        pair = source.plan[key]
+        assert shard.allow_shape_mismatch or shard.global_shape[shard.prepend_axis_num :] == pair.shape, key
         with torch.no_grad():
-            part = whole[window]
             shard.data.zero_()
-            shard.data[tuple(slice(size) for size in part.shape)].copy_(part)
+            inside = tuple(slice(len(range(size)[part])) for size, part in zip(pair.shape, window, strict=True))
+            if pair.moves_rows:
+                source.read_into(shard.data[inside], key, window)
+            else:
+                if last is None or last[0] != key:
+                    last = None  # not two at a time
+                    last = (key, source.read(key))
+                shard.data[inside].copy_(last[1][window])
+        on_bytes(shard.data.numel() * shard.data.element_size())
+
+
+def fill_on_all_ranks(policy: Policy, source: HfModel) -> None:
+    """:func:`fill` on every rank, with a bar of rank 0's part; what fails on one stops all."""
+    is_first = dist.get_rank() == 0
+    size = sum(s.data.numel() * s.data.element_size() for s in policy_shards(policy)) if is_first else 0
+    with together(), byte_bar(f"read {source.folder}", size, quiet=not is_first) as bar:
+        fill(policy, source, on_bytes=bar.update)
 
 
 def policy_shards(policy: Policy) -> Iterator[Any]:
@@ -88,28 +108,6 @@ def window_of(shard: Any) -> tuple[slice, ...]:
     """Where the shard stands in its whole tensor."""
     offsets = shard.global_offset[shard.prepend_axis_num :]
     return tuple(slice(offset, offset + size) for offset, size in zip(offsets, shard.local_shape))
-
-
-def whole_tensors(policy: Policy) -> dict[Key, list[Any]]:
-    """The shards of each tensor of a policy that one process holds entirely."""
-    for group in (policy.ranks.tp_group, policy.ranks.pp_group):
-        assert group.size() == 1, "export gathers nothing: one process holds all"
-    shards: dict[Key, list[Any]] = {}
-    for shard in policy_shards(policy):
-        shards.setdefault(key_of(shard), []).append(shard)
-    expected = megatron_tensors(policy.model)
-    assert {name for name, _ in shards} == set(expected)
-    return shards
-
-
-def assemble(shards: list[Any], shape: tuple[int, ...]) -> Tensor:
-    """The whole tensor from all its shards, without the rows that pad the vocabulary; may alias the weight."""
-    if len(shards) == 1:
-        return shards[0].data[: shape[0]]
-    whole = shards[0].data.new_empty(shape)
-    for shard in shards:
-        whole[window_of(shard)] = shard.data
-    return whole
 
 
 def with_vocabulary_padding(model: ModelConfig, divisible_by: int | None) -> ModelConfig:

@@ -94,7 +94,7 @@ def read_common(folder: Path) -> dict[str, Any]:
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
     except _LOAD_ERRORS as error:
-        raise CheckpointError(f"{folder} cannot be read as a distributed checkpoint: {error}") from error
+        raise CheckpointError(f"{folder} cannot be read as a distributed checkpoint ({_last_line(error)})") from error
     if common.get("groupdpo_format") != _FORMAT:
         raise CheckpointError(
             f"{folder} was not written by this package (groupdpo_format {common.get('groupdpo_format')!r}, "
@@ -119,7 +119,11 @@ def save_checkpoint(
     optimizer: MegatronOptimizer | None = None,
     schedule: OptimizerParamScheduler | None = None,
 ) -> Path:
-    """Write ``ROOT/iter_...`` from every rank and then the tracker; returns the folder."""
+    """Write ``ROOT/iter_...`` from every rank and then the tracker; returns the folder.
+
+    Raises:
+        CheckpointError: the folder cannot be written; the tracker still names the one before.
+    """
     finish_param_gather(chunks)
     folder = iteration_folder(root, progress.iteration)
     if dist.get_rank() == 0:
@@ -135,7 +139,13 @@ def save_checkpoint(
         "optimizer_kind": _optimizer_kind(optimizer),
         "schedule": schedule.state_dict() if schedule is not None else None,
     }
-    dist_checkpointing.save(state, str(folder))
+    try:
+        dist_checkpointing.save(state, str(folder))
+    except _LOAD_ERRORS as error:
+        raise CheckpointError(
+            f"{folder}: the checkpoint cannot be written ({_last_line(error)}); look for a full disk or a folder that "
+            "is not writable"
+        ) from error
     dist.barrier()
     if dist.get_rank() == 0:
         temporary = root / (TRACKER + ".tmp")
@@ -269,11 +279,15 @@ def _read(folder: Path, state: dict[str, Any]) -> Any:
     try:
         return dist_checkpointing.load(state, str(folder))
     except _LOAD_ERRORS as error:
-        reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f"{folder} is damaged or incomplete ({type(error).__name__}: {reason[-1] if reason else 'no reason'}); "
+            f"{folder} is damaged or incomplete ({type(error).__name__}: {_last_line(error)}); "
             f"load another iter_ folder: write its number into {folder.parent / TRACKER}"
         ) from error
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def _param_groups(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:

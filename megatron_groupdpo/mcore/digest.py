@@ -109,7 +109,12 @@ def _own_shards(chunks: Sequence[Any]) -> Iterator[ShardedTensor]:
     for chunk in chunks:
         while hasattr(chunk, "module"):
             chunk = chunk.module
-        yield from (shard for shard in sharded_tensors(chunk) if is_main_replica(shard.replica_id))
+        yield from (shard for shard in sharded_tensors(chunk) if is_own_shard(shard))
+
+
+def is_own_shard(shard: ShardedTensor) -> bool:
+    """Whether this rank answers for the shard: over all ranks, one does for each element."""
+    return is_main_replica(shard.replica_id)
 
 
 def _shard_hash(shard: ShardedTensor, vocab_size: int) -> Tensor:

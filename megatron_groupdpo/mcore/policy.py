@@ -57,10 +57,10 @@ def build_policy(
     precision: PrecisionConfig,
     ranks: Ranks,
     *,
-    seed: int,
+    seed: int | None,
     training: bool,
 ) -> Policy:
-    """A model with seeded initial weights, the same on every layout.
+    """A model with seeded initial weights, the same on every layout; without a seed, for the caller to fill.
 
     Raises:
         ConfigError: Megatron refuses the model on this layout; or Transformer Engine, an FP8 recipe or a kernel is
@@ -76,7 +76,8 @@ def build_policy(
     chunks = build_model(model, parallel, config, transformer_impl=transformer_impl)
     if precision.gradient_accumulation_fusion and transformer_impl == "transformer_engine":
         assert all(fuse_weight_gradients(chunk) for chunk in chunks), "Transformer Engine's layers say how they add up"
-    initialize_weights(chunks, model, seed=seed)
+    if seed is not None:
+        initialize_weights(chunks, model, seed=seed)
     wrapped = wrap_for_training(chunks, config, parallel) if training else wrap_for_inference(chunks, config)
     scaling = None
     if precision.fp8_recipe is not None:

@@ -79,6 +79,11 @@ def load_swapped_reference(folder: Path, policy: Policy) -> SwappedReference:
         CheckpointError: the checkpoint is of another model than the policy.
     """
     load_weights(folder, policy.chunks, model=policy.identity)
+    return swapped_reference(policy)
+
+
+def swapped_reference(policy: Policy) -> SwappedReference:
+    """A reference with the weights that ``policy`` has now; load the policy's own next."""
     weights = SwappedWeights(policy.chunks, policy.ranks.device)
     return SwappedReference(engine=SwappedEngine(policy.engine, weights), digest=policy.weights_digest())
 

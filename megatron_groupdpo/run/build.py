@@ -19,6 +19,9 @@ from megatron_groupdpo.config import (
     train_iters,
 )
 from megatron_groupdpo.config.fp8 import precision_name, reference_precision
+from megatron_groupdpo.convert.hf_model import is_hf_folder
+from megatron_groupdpo.convert.hub import is_hub_name
+from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, load_any_policy
 from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
 from megatron_groupdpo.data.order import build_sampler
 from megatron_groupdpo.data.planner import plan_options
@@ -31,13 +34,11 @@ from megatron_groupdpo.mcore.checkpoint import (
     latest_iteration,
     load_progress,
     load_training,
-    load_weights,
-    read_common,
 )
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
-from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
+from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks
-from megatron_groupdpo.mcore.swapped import SwappedReference, load_swapped_reference
+from megatron_groupdpo.mcore.swapped import SwappedReference, swapped_reference
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.run.batches import BatchSource
 from megatron_groupdpo.run.checks import check_groups, check_outputs, check_source
@@ -64,7 +65,7 @@ class Run:
     starts_from_reference: bool
     """At iteration 0 the policy has the reference's weights, so every score must be 0."""
     weights_from: Path | None
-    """The checkpoint that was loaded; none: seeded initial weights."""
+    """The checkpoint or Hugging Face folder that was loaded; none: seeded initial weights."""
     tokenizer: dict[str, Any]
     """The tokenizer of the data, as checkpoints record it for sampling and export."""
     order: dict[str, Any]
@@ -79,15 +80,17 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
     Raises:
         UserError: anything that a user can put right.
     """
-    source, resumes = _checkpoint_to_load(config)
-    check_outputs(config, source if resumes else None)
+    source, resumes = _weights_to_load(config)
+    check_outputs(config, source.folder if source is not None and resumes else None)
     train_data, valid_data = _open_data(config)
     if not (config.objective.one_sided_nll and config.objective.nll_coeff):
         check_groups(train_data, config.objective.objective)
     tokenizer = _tokenizer(config, train_data)
     order = _data_order(config, train_data)
     if source is not None:
-        check_source(source, tokenizer, order if resumes else None)
+        if source.hf is None:
+            check_source(source.folder, tokenizer, order if resumes else None)
+        source.check_tokenizer(tokenizer)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, train_data.vocab_size))
     loss = loss_options(config)
     policy = build_policy(
@@ -120,10 +123,10 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         valid=valid,
         loss=loss,
         train_iters=train_iters(config),
-        weights_from=source,
+        weights_from=None if source is None else source.folder,
         tokenizer=tokenizer,
         order=order,
-        origin=None if source is None else read_common(source)["config"].get("hugging_face"),
+        origin=None if source is None else source.origin(),
         starts_from_reference=starts_from_reference,
     )
 
@@ -199,33 +202,49 @@ def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
     }
 
 
-def _checkpoint_to_load(config: TrainConfig) -> tuple[Path | None, bool]:
-    """The latest of ``load`` if there is one, else ``pretrained_checkpoint``, else none; and whether it resumes."""
+def _weights_to_load(config: TrainConfig) -> tuple[StartWeights | None, bool]:
+    """The latest of ``load`` if there is one, else ``pretrained_checkpoint``, else none; and whether it resumes.
+
+    A Hugging Face model in ``load`` holds no run to go on with: that is in ``save``, once it has a checkpoint.
+    """
     checkpoint = config.checkpoint
     if checkpoint.load is not None:
-        root = Path(checkpoint.load)
-        if (root / "metadata.json").exists() or latest_iteration(root) is not None:
-            return find_checkpoint(root), not checkpoint.finetune
+        weights = _at_load(checkpoint.load)
+        own = None if checkpoint.save is None or checkpoint.finetune else Path(checkpoint.save)
+        if weights is not None and weights.hf is not None and own is not None and latest_iteration(own) is not None:
+            return StartWeights(folder=find_checkpoint(own)), True
+        if weights is not None:
+            return weights, weights.hf is None and not checkpoint.finetune
         asked = [name for name in _NEED_A_CHECKPOINT if getattr(checkpoint, name)]
         if asked:
-            raise CheckpointError(f"no checkpoint at {root}, and {asked[0]} is set; give the folder of one to --load")
+            raise CheckpointError(
+                f"no checkpoint at {checkpoint.load}, and {asked[0]} is set; give the folder of one to --load"
+            )
     if checkpoint.pretrained_checkpoint is not None:
-        return find_checkpoint(Path(checkpoint.pretrained_checkpoint)), False
+        return find_weights(checkpoint.pretrained_checkpoint), False
     return None, False
 
 
-def _load(config: TrainConfig, source: Path | None, policy: Policy, updater: Updater, *, resumes: bool) -> Progress:
+def _at_load(load: str) -> StartWeights | None:
+    """What ``load`` names; None: nothing yet, the run begins there."""
+    root = Path(load)
+    if is_hub_name(load, bare=False) or is_hf_folder(root):
+        return find_weights(load, bare=False)
+    if (root / "metadata.json").exists() or latest_iteration(root) is not None:
+        return StartWeights(folder=find_checkpoint(root))
+    return None
+
+
+def _load(
+    config: TrainConfig, source: StartWeights | None, policy: Policy, updater: Updater, *, resumes: bool
+) -> Progress:
     if source is None:
         return Progress()
     if resumes and not config.checkpoint.no_load_optim:
-        return load_training(source, policy.chunks, updater.optimizer, updater.schedule, model=policy.identity)
-    _load_weights(source, policy, updater)
-    return load_progress(source, updater.schedule) if resumes else Progress()
-
-
-def _load_weights(folder: Path, policy: Policy, updater: Updater) -> None:
-    load_weights(folder, policy.chunks, model=policy.identity)
+        return load_training(source.folder, policy.chunks, updater.optimizer, updater.schedule, model=policy.identity)
+    source.load_into(policy)
     updater.optimizer.reload_model_params()  # the float32 master weights are still the initial ones
+    return load_progress(source.folder, updater.schedule) if resumes else Progress()
 
 
 def _resident_reference(config: TrainConfig, policy: Policy) -> Policy | SwappedReference | None:
@@ -235,14 +254,15 @@ def _resident_reference(config: TrainConfig, policy: Policy) -> Policy | Swapped
         raise ConfigError(
             "reference 'resident' is the model of pretrained_checkpoint, which is not set; set --pretrained-checkpoint"
         )
-    folder = Path(config.checkpoint.pretrained_checkpoint)
+    named = config.checkpoint.pretrained_checkpoint
     if config.objective.reference_offload:
-        return load_swapped_reference(find_checkpoint(folder), policy)
-    return load_policy(folder, config.parallel, reference_precision(config.precision), policy.ranks)
+        find_weights(named).load_into(policy)
+        return swapped_reference(policy)
+    return load_any_policy(named, config.parallel, reference_precision(config.precision), policy.ranks)
 
 
 def _probe(
-    config: TrainConfig, policy: Policy, train: BatchSource, valid: BatchSource | None, source: Path | None
+    config: TrainConfig, policy: Policy, train: BatchSource, valid: BatchSource | None, source: StartWeights | None
 ) -> str | None:
     """Check stored numbers; None, or why they could not be. A policy that starts as the reference is checked later."""
     if train.reference is None:
@@ -258,7 +278,7 @@ def _probe(
         return "reference_probe_groups is 0"
     if reference_precision(config.precision) != config.precision:
         return f"it is in bf16, the policy's passes are in FP8 ({config.precision.fp8_recipe})"
-    return probe_reference(config, policy, sources, policy_from=source)
+    return probe_reference(config, policy, sources, policy_from=None if source is None else source.folder)
 
 
 def _sources(

@@ -15,6 +15,7 @@ from megatron_groupdpo.config import to_yaml
 from megatron_groupdpo.mcore.checkpoint import Progress, save_checkpoint
 from megatron_groupdpo.run.batches import PlannedBatch
 from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.run.exports import Exports
 from megatron_groupdpo.run.feed import DeviceFeed
 from megatron_groupdpo.run.flops import step_flops
 from megatron_groupdpo.run.logs import RunLogger
@@ -59,6 +60,7 @@ def train(run: Run) -> Progress:
 
 def _train(run: Run, batches: DeviceFeed, logger: RunLogger | None, profiler: StepProfiler) -> Progress:
     timers = StepTimers(run.ranks.device, on=logger is not None)
+    exports = Exports(run)
     planned = batches.batch(run.progress.consumed_groups)
     print_start(run, planned)
     calibrate_fp8(run, planned)
@@ -86,8 +88,10 @@ def _train(run: Run, batches: DeviceFeed, logger: RunLogger | None, profiler: St
         if _due(progress.iteration, run.config.checkpoint.save_interval):
             _save(run, progress)
             saved = progress.iteration
+        exports.at(progress.iteration)
     if saved != progress.iteration:
         _save(run, progress)
+    exports.at_end()
     return progress
 
 

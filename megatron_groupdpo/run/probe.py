@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from megatron_groupdpo.config import TrainConfig
-from megatron_groupdpo.errors import CheckpointError, DataError
-from megatron_groupdpo.mcore.checkpoint import check_same_model, find_checkpoint, load_weights, read_common
+from megatron_groupdpo.convert.start_weights import find_weights
+from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.reference.score import score_groups
 from megatron_groupdpo.run.batches import BatchSource
@@ -39,13 +39,14 @@ def probe_reference(
     if given is None:
         return "pretrained_checkpoint, which could name the weights that scored it, is not given"
     try:
-        folder = find_checkpoint(Path(given))
-        check_same_model(folder, read_common(folder), policy.identity)
-    except CheckpointError as error:
+        weights = find_weights(given)
+        weights.check(policy.model)
+    except (CheckpointError, ConfigError) as error:
         return str(error)
+    folder = weights.folder
     if folder == policy_from:
         return f"the weights that scored it ({stored.weights_digest}) are not those of {folder}, the policy's own"
-    load_weights(folder, policy.chunks, model=policy.identity)
+    weights.load_into(policy)
     digest = policy.weights_digest()
     if digest != stored.weights_digest:
         return f"{folder} has weights {digest}, it was scored by {stored.weights_digest}"

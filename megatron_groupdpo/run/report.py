@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_groupdpo import objectives
 from megatron_groupdpo.config.fp8 import precision_name
+from megatron_groupdpo.convert.hub import is_hub_name
 from megatron_groupdpo.data.sampler import BlendedSampler
 from megatron_groupdpo.mcore.optimizer import optimizer_origin
 from megatron_groupdpo.run.batches import PlannedBatch
@@ -94,8 +97,10 @@ def _oddities(run: Run, first: PlannedBatch) -> list[str]:
         found.append("no response of the first batch gets a pass")
     if config.training.score_drift_threshold is None and precision_name(config.precision) == "bf16":
         found.append("score_drift_threshold is not set: drift between the passes is only reported")
-    if config.checkpoint.load is not None and run.progress.iteration == 0 and not config.checkpoint.finetune:
-        found.append(f"load {config.checkpoint.load} holds no checkpoint yet: the run starts at iteration 0")
+    load = config.checkpoint.load
+    is_start = load is not None and (is_hub_name(load, bare=False) or run.weights_from == Path(load))
+    if load is not None and not is_start and run.progress.iteration == 0 and not config.checkpoint.finetune:
+        found.append(f"load {load} holds no checkpoint yet: the run starts at iteration 0")
     if run.progress.iteration >= run.train_iters:
         found.append(f"nothing to do: the checkpoint is at iteration {run.progress.iteration} of {run.train_iters}")
     if config.checkpoint.save is None:

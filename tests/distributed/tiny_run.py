@@ -111,11 +111,12 @@ def train_on_rank(argv: Sequence[str], fault: str | None = None) -> str:
     from faults import injected
 
     from megatron_groupdpo.config import load_config, validate
+    from megatron_groupdpo.convert.model_section import complete_model_section
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.run.build import build_run
     from megatron_groupdpo.run.loop import train
 
-    config = load_config(argv)
+    config = load_config(argv, complete=complete_model_section)
     ranks = initialize(config.parallel, seed=config.training.seed)
     try:
         validate(config, ranks.tp_group.size() * ranks.pp_group.size() * ranks.dp_cp_group.size())

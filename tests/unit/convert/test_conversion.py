@@ -18,6 +18,7 @@ from megatron_groupdpo.convert.hf_files import INDEX, HfWeights
 from megatron_groupdpo.convert.hf_model import open_hf_model
 from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf
 from megatron_groupdpo.convert.megatron_names import canonical_name, megatron_tensors
+from megatron_groupdpo.convert.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.weights import load_hf_weights, policy_shards
 from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
@@ -89,7 +90,7 @@ def test_import_then_export_gives_the_same_bytes(
 ):
     folder, back = hf_models(name, dtype), tmp_path / "back"
     import_hf(folder, tmp_path / "checkpoint", ImportOptions(), ranks)
-    export_checkpoint(tmp_path / "checkpoint", back, ExportOptions(max_shard_size=30_000), ranks)
+    export_checkpoint(tmp_path / "checkpoint", back, ExportOptions(max_shard_size=30_000))
     before, after = tensors_of(folder), tensors_of(back)
     assert before.keys() == after.keys()
     for tensor_name, tensor in before.items():
@@ -156,15 +157,17 @@ def test_files_keep_the_size_limit_and_the_index_names_each_tensor(hf_models: Hf
 def test_the_tokenizer_travels_with_the_model(
     hf_models: HfModels, ranks: Ranks, tmp_path: Path, sentencepiece_model: Path
 ):
-    tokenizer = load_tokenizer(TokenizerOptions(kind="SentencePieceTokenizer", model=str(sentencepiece_model)))
+    options = TokenizerOptions(kind="SentencePieceTokenizer", model=str(sentencepiece_model))
+    tokenizer = load_tokenizer(options)
     first, second = tmp_path / "first", tmp_path / "second"
-    export_hf(loaded(hf_models("llama-tied"), ranks), first, ExportOptions(), tokenizer=tokenizer)
+    given = ModelTokenizer(tokenizer=tokenizer, options=options)
+    export_hf(loaded(hf_models("llama-tied"), ranks), first, ExportOptions(), tokenizer=given)
     report = import_hf(first, tmp_path / "checkpoint", ImportOptions(), ranks)
     assert report.has_tokenizer
     # the folder of the import may go, and the checkpoint may move
     first.rename(tmp_path / "gone")
     (tmp_path / "checkpoint").rename(tmp_path / "moved")
-    assert export_checkpoint(tmp_path / "moved", second, ExportOptions(), ranks).has_tokenizer
+    assert export_checkpoint(tmp_path / "moved", second, ExportOptions()).has_tokenizer
     text = "Q: 12 + 30 = ?"
     read = AutoTokenizer.from_pretrained(second)
     assert read(text)["input_ids"] == [tokenizer.bos_id, *tokenizer.encode(text)]

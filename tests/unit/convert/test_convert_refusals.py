@@ -157,6 +157,34 @@ def test_a_folder_without_safetensors_is_refused_with_a_way_out(own_copy: OwnCop
     refused(folder, CheckpointError, ".bin", "save_pretrained")
 
 
+def test_a_gguf_file_is_refused_as_one(own_copy: OwnCopy):
+    folder = own_copy("llama-tied")
+    (folder / "model.safetensors").rename(folder / "model.gguf")
+    refused(folder, CheckpointError, "GGUF", "original model")
+    refused(folder / "model.gguf", CheckpointError, "GGUF")
+    (folder / "config.json").unlink()
+    refused(folder, CheckpointError, "GGUF")
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(own_copy: OwnCopy):
+    """A tensor in another file than it says, a tensor it forgot, a path out of the folder."""
+    folder = own_copy("llama-tied")
+    tensors = tensors_of(folder)
+    names = sorted(tensors)
+    (folder / "model.safetensors").unlink()
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    save_file({name: tensors[name] for name in names[:3]}, folder / first)
+    save_file({name: tensors[name] for name in names[3:]} | {"model.vision": torch.ones(2)}, folder / second)
+    weight_map = dict.fromkeys(names[:3], first) | dict.fromkeys(names[3:], second)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map | {names[0]: second}}))
+    refused(folder, CheckpointError, second, f"lacks the tensor '{names[0]}'")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, CheckpointError, "unexpected tensor 'model.vision'")
+    index.write_text(json.dumps({"weight_map": weight_map | {names[0]: "../secret.safetensors"}}))
+    refused(folder, CheckpointError, "'../secret.safetensors', which is not a file of this folder")
+
+
 def test_what_is_no_model_folder_is_refused(own_copy: OwnCopy, tmp_path: Path):
     refused(tmp_path / "absent", CheckpointError, "does not exist")
     folder = own_copy("llama-tied")
@@ -246,12 +274,12 @@ def test_a_tokenizer_that_has_gone_or_changed_is_not_guessed(
     import_hf(folder, checkpoint, ImportOptions(tokenizer=str(sentencepiece_model)), ranks)
     (checkpoint / "tokenizer" / "chat_template.jinja").write_text("another")
     with pytest.raises(CheckpointError, match="has changed since"):
-        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(), ranks)
+        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions())
     (checkpoint / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"cannot be used.*--tokenizer, or pass --no-tokenizer"):
-        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(), ranks)
+        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions())
     assert not (tmp_path / "out").exists()
-    given = export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(), ranks, tokenizer=str(sentencepiece_model))
+    given = export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(), tokenizer=str(sentencepiece_model))
     assert given.has_tokenizer
 
 

@@ -1,7 +1,10 @@
 """The models of the GroupDPO paper at full size: their configurations are understood and every tensor has a place.
 
-The values are those of the public config.json files on the Hugging Face hub (Qwen/Qwen3-4B, allenai/Olmo-3-7B-Instruct,
-allenai/Olmo-3.1-32B-Instruct, google/gemma-3-4b-it), written from memory; fields that do not matter are left out.
+The values are those of Qwen/Qwen3-4B, allenai/Olmo-3-7B-Instruct, allenai/Olmo-3.1-32B-Instruct and
+google/gemma-3-4b-it on the Hugging Face hub, compared on 2026-11-21 with what others publish of them: Ai2's Molmo
+code (its model configurations OLMO3_7B_INSTRUCT and QWEN3_4B), Tenstorrent's and others' notes on Olmo-3.1-32B (RoPE,
+window, sizes), simaai/gemma-3-4b-it-a16w4's devkit/vlm_config.json. The files themselves could not be fetched. Fields
+that do not matter are left out.
 """
 
 from __future__ import annotations

@@ -1,0 +1,104 @@
+"""The whole tensors of a model one after the other: from a distributed checkpoint, or from the ranks that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_groupdpo.convert.megatron_names import canonical_name
+from megatron_groupdpo.convert.plan import Key, Pair
+from megatron_groupdpo.convert.weights import key_of, policy_shards, window_of
+from megatron_groupdpo.errors import CheckpointError
+from megatron_groupdpo.mcore.checkpoint_tensors import CheckpointTensors
+from megatron_groupdpo.mcore.digest import is_own_shard
+from megatron_groupdpo.mcore.policy import Policy
+
+_OPTIMIZER = "optimizer."
+"""What the names of the optimizer's tensors start with in a checkpoint."""
+
+
+def checkpoint_names(stored: CheckpointTensors, plan: Mapping[Key, Pair], num_layers: int) -> dict[str, str]:
+    """Each tensor name of the plan to its name in the checkpoint; Transformer Engine's layers have other names.
+
+    Raises:
+        CheckpointError: a tensor is missing, misshapen, or not of the model.
+    """
+    shapes = stored.shapes
+    names = {canonical_name(name): name for name in shapes if not name.startswith(_OPTIMIZER)}
+    for (name, layer), pair in plan.items():
+        if name not in names:
+            raise CheckpointError(f"{stored.folder} lacks the tensor {name!r} that its model has; it is damaged")
+        found, wanted = shapes[names[name]], pair.shape if layer is None else (num_layers, *pair.shape)
+        padded = layer is None and found[1:] == wanted[1:] and found[0] >= wanted[0]  # the vocabulary
+        if found != wanted and not padded:
+            raise CheckpointError(
+                f"{stored.folder}: tensor {names[name]!r} has shape {list(found)}, its model asks for {list(wanted)}"
+            )
+    unknown = sorted(names.keys() - {name for name, _ in plan})
+    if unknown:
+        raise CheckpointError(
+            f"{stored.folder}: unexpected tensor {names[unknown[0]]!r}, which its model does not have; converting "
+            "without it would change the model"
+        )
+    return names
+
+
+def checkpoint_tensors(folder: Path, plan: Mapping[Key, Pair], num_layers: int) -> Iterator[tuple[Key, Tensor]]:
+    """Every tensor of the plan, in its order, without the rows that pad the vocabulary; one at a time is held."""
+    stored = CheckpointTensors(folder)
+    names = checkpoint_names(stored, plan, num_layers)
+    for key, pair in plan.items():
+        name, layer = key
+        if layer is None:
+            yield key, stored.read(names[name], rows=pair.shape[0])
+        else:
+            yield key, stored.read(names[name], (layer,))
+
+
+def gathered_tensors(policy: Policy, plan: Mapping[Key, Pair]) -> Iterator[tuple[Key, Tensor | None]]:
+    """The same of a policy on any layout: the tensor in host memory on rank 0, None on the others.
+
+    A collective call: every rank must take every item. The tensor may alias the weight; rank 0 holds one beside its
+    own part of the model.
+    """
+    rank = dist.get_rank()
+    own: dict[Key, list[Any]] = {}
+    for shard in policy_shards(policy):
+        if is_own_shard(shard):
+            own.setdefault(key_of(shard), []).append(shard)
+    told = {
+        key: [(tuple((part.start, part.stop) for part in window_of(shard)), shard.data.dtype) for shard in shards]
+        for key, shards in own.items()
+    }
+    table: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(table, told)
+    for key, pair in plan.items():
+        parts = [(owner, index) for owner, part in enumerate(table) for index in range(len(part.get(key, ())))]
+        assert parts, f"no rank holds {key}"
+        dtype = table[parts[0][0]][key][0][1]
+        whole = torch.empty(pair.shape, dtype=dtype, device="cpu") if rank == 0 and len(parts) > 1 else None
+        for owner, index in parts:
+            if rank not in (0, owner):
+                continue
+            bounds, part_dtype = table[owner][key][index]
+            if owner == rank:
+                piece = own[key][index].data.detach()
+                if rank != 0:
+                    dist.send(piece.contiguous(), dst=0)
+                    continue
+            else:
+                shape = [stop - start for start, stop in bounds]
+                piece = torch.empty(shape, dtype=part_dtype, device=policy.ranks.device)
+                dist.recv(piece, src=owner)
+            inside = tuple(slice(start, min(stop, size)) for (start, stop), size in zip(bounds, pair.shape))
+            piece = piece[tuple(slice(max(0, part.stop - part.start)) for part in inside)]
+            if whole is None:
+                whole = piece.cpu()
+            elif piece.numel():
+                whole[inside].copy_(piece)
+        yield key, whole

@@ -1,0 +1,94 @@
+"""Hugging Face folders written by a run: at intervals, and at its end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_groupdpo.convert import tokenizers
+from megatron_groupdpo.convert.agreement import together
+from megatron_groupdpo.convert.exporting import ExportOptions, choose_form, export_hf
+from megatron_groupdpo.convert.folders import check_target
+from megatron_groupdpo.convert.hf_model import CONFIG
+from megatron_groupdpo.convert.tokenizers import ModelTokenizer
+from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.errors import CheckpointError, DataError, UserError
+from megatron_groupdpo.run.build import Run
+
+
+class Exports:
+    """The exports of a run. What one fails with is said at once and raised at the end: training goes on."""
+
+    def __init__(self, run: Run) -> None:
+        """Find what would fail, before the first step.
+
+        Raises:
+            CheckpointError: a folder is there that this run did not write; the tokenizer has gone.
+            ConfigError: no family of ``transformers`` models is this model.
+        """
+        section = run.config.checkpoint
+        self._run = run
+        self._failed: list[str] = []
+        self._folder = None if section.export_hf is None else Path(section.export_hf)
+        if self._folder is None:
+            return
+        with together():
+            choose_form(run.policy.model, ExportOptions(), run.origin)
+            # Only a run that goes on may replace: then the folder is what it wrote before it stopped.
+            resumes = run.progress.iteration > 0
+            check_target(self._folder, overwrite=resumes, marker=CONFIG, source=run.weights_from)
+            self._tokenizer = _tokenizer(run)
+
+    def at(self, iteration: int) -> None:
+        """Export if the interval says so; a collective call."""
+        interval = self._run.config.checkpoint.export_hf_interval
+        if self._folder is not None and interval is not None and iteration % interval == 0:
+            self._export(self._folder.with_name(f"{self._folder.name}-iter_{iteration:07d}"))
+
+    def at_end(self) -> None:
+        """Export the final model; a collective call.
+
+        Raises:
+            CheckpointError: this or an earlier export failed.
+        """
+        if self._folder is not None:
+            self._export(self._folder)
+        if self._failed:
+            raise CheckpointError(
+                f"training has ended and its checkpoints are whole, but {len(self._failed)} export(s) failed: "
+                f"{'; '.join(self._failed)}; export from a checkpoint with tools/convert_checkpoint.py"
+            )
+
+    def _export(self, target: Path) -> None:
+        started = time.perf_counter()
+        run = self._run
+        try:
+            report = export_hf(
+                run.policy,
+                target,
+                ExportOptions(overwrite=True),
+                tokenizer=self._tokenizer,
+                kept=run.origin,
+                source=run.weights_from,
+            )
+        except (UserError, OSError) as error:
+            self._failed.append(str(error))
+            if run.ranks.is_logger:
+                print(f"warning     the export to {target} failed: {error}", flush=True)
+            return
+        if run.ranks.is_logger:
+            seconds = time.perf_counter() - started
+            print(f"exported {target} ({report.num_bytes:,} bytes) in {seconds:.1f} s", flush=True)
+
+
+def _tokenizer(run: Run) -> ModelTokenizer:
+    """The data's tokenizer, which the exported model goes with."""
+    said = run.tokenizer
+    options = TokenizerOptions(kind=said["kind"], model=said["model"], chat_template=said["chat_template"])
+    try:
+        return tokenizers.load_checked(options, run.policy.model)
+    except DataError as error:
+        raise CheckpointError(
+            f"export_hf writes the data's tokenizer beside the model, and it cannot be used: {error}; say where it is "
+            "now with --tokenizer-model"
+        ) from None
