@@ -106,6 +106,19 @@ CONFIGS: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    "mixtral": lambda: decoder("MixtralConfig", num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
+    "qwen3-moe": lambda: decoder(
+        "Qwen3MoeConfig",
+        num_hidden_layers=4,
+        num_experts=4,
+        num_experts_per_tok=3,
+        moe_intermediate_size=24,
+        norm_topk_prob=True,
+        mlp_only_layers=[2],
+    ),
+    "olmoe": lambda: decoder(
+        "OlmoeConfig", head_dim=8, num_experts=8, num_experts_per_tok=2, intermediate_size=24, eos_token_id=None
+    ),
     "gpt2": lambda: gpt2(),
     "gpt2-untied-relu": lambda: gpt2(tie_word_embeddings=False, activation_function="relu", n_inner=72),
 }

@@ -21,11 +21,6 @@ class NotYet:
 
 NOT_YET = (
     NotYet(
-        field="parallel.expert_model_parallel_size",
-        refused=lambda size: size > 1,
-        reason="mixtures of experts are not supported yet; set it to 1",
-    ),
-    NotYet(
         field="precision.fp8_format",
         refused=lambda fp8_format: fp8_format is not None,
         reason="FP8 is not supported yet (and without Transformer Engine Megatron would ignore it in silence); "

@@ -15,6 +15,7 @@ from megatron_groupdpo.config.derived import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.mixture import mixture_problems
 from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
 from megatron_groupdpo.config.train_config import TrainConfig
@@ -36,6 +37,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *_model_problems(config),
             *_rope_problems(config),
             *_window_problems(config),
+            *mixture_problems(config, world_size),
             *_precision_problems(config),
             *_objective_problems(config),
             *_length_problems(config),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.hf_model import HfModel, open_hf_model
-from megatron_groupdpo.convert.megatron_names import canonical_name, megatron_tensors
+from megatron_groupdpo.convert.megatron_names import megatron_tensors, tensor_key
 from megatron_groupdpo.convert.plan import Key
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.init import sharded_tensors
@@ -80,8 +80,7 @@ def policy_shards(policy: Policy) -> Iterator[Any]:
 
 def key_of(shard: Any) -> Key:
     """Name and layer of the tensor that a shard is a part of."""
-    layer = shard.global_offset[0] if shard.prepend_axis_num else None
-    return canonical_name(shard.key), layer
+    return tensor_key(shard.key, shard.global_offset[: shard.prepend_axis_num])
 
 
 def window_of(shard: Any) -> tuple[slice, ...]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config.mixture import check_mixture
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights, read_common
 from megatron_groupdpo.mcore.digest import count_parameters, weights_digest
@@ -61,6 +62,7 @@ def build_policy(
     Raises:
         ConfigError: Megatron refuses the model on this layout, or Transformer Engine is asked for and absent.
     """
+    check_mixture(model, parallel, training=training)
     model = resolved(model)
     assert model.vocab_size is not None
     config = transformer_config(model, parallel, precision)
@@ -94,9 +96,11 @@ def load_policy(
 
 def resolved(model: ModelConfig) -> ModelConfig:
     """Sizes that may be left out, filled in by Megatron's rules."""
+    ffn = model.ffn_hidden_size or 4 * model.hidden_size
     return dataclasses.replace(
         model,
-        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        ffn_hidden_size=ffn,
+        moe_ffn_hidden_size=(model.moe_ffn_hidden_size or ffn) if model.num_moe_experts else None,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
     )
@@ -135,6 +139,8 @@ def choose_transformer_impl(model: ModelConfig, device: torch.device, *, context
 
 def _transformer_engine_lacks(model: ModelConfig, context_parallel_size: int) -> str | None:
     """What the model needs and Megatron's Transformer Engine layers do not have, with the field that asks for it."""
+    if model.num_moe_experts is not None:
+        return f"mixture of experts (num_moe_experts {model.num_moe_experts})"
     if model.norm_position != "pre":
         return f"norms after attention and MLP (norm_position {model.norm_position!r})"
     if model.qk_layernorm_across_heads:
