@@ -13,8 +13,8 @@ _REFUSED = {
     "moe_aux_loss_coeff": "the balancing loss of a token depends on which tokens share its microbatch, so the gradient "
     "would depend on the layout, and the scoring pass cannot know its coefficient",
     "moe_z_loss_coeff": "it is averaged over a microbatch, so the gradient would depend on the layout",
-    "moe_expert_capacity_factor": "tokens dropped for others in the microbatch make a response's log-probability depend "
-    "on its neighbours",
+    "moe_expert_capacity_factor": "tokens dropped for others in the microbatch make a response's log-probability "
+    "depend on its neighbours",
     "moe_router_enable_expert_bias": "the biases move with counts of tokens, which both passes and padding would feed",
 }
 """Fields that must keep their defaults, and why."""
@@ -23,15 +23,20 @@ _REFUSED = {
 def mixture_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     """What is wrong with a run's mixture."""
     parallel = config.parallel
-    yield from _model_problems(config.model)
-    yield from _layout_problems(config.model, parallel, training=True)
+    yield from _problems(config.model, parallel, training=True)
+    if config.model.num_moe_experts is not None:
+        yield from expert_ranks_problems(parallel, world_size)
+
+
+def expert_ranks_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    """Whether the ranks can share out the experts."""
     ep = parallel.expert_model_parallel_size
     shared = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    if config.model.num_moe_experts and world_size % (shared * ep):
+    if world_size % (shared * ep):
         yield (
-            f"world size ({world_size}) must be a multiple of tensor x pipeline x expert parallel size = {shared * ep}: "
-            f"expert_model_parallel_size ({ep}) divides the {world_size / shared:g} data- and context-parallel ranks; "
-            "start more ranks or lower one of the sizes."
+            f"world size ({world_size}) must be a multiple of tensor x pipeline x expert parallel size = "
+            f"{shared * ep}: expert_model_parallel_size ({ep}) must divide the data- and context-parallel ranks "
+            f"({world_size} / {shared}); start more ranks or lower one of the sizes."
         )
 
 
@@ -41,8 +46,13 @@ def check_mixture(model: ModelConfig, parallel: ParallelConfig, *, training: boo
     Raises:
         ConfigError: the first problem.
     """
-    for problem in (*_model_problems(model), *_layout_problems(model, parallel, training=training)):
+    for problem in _problems(model, parallel, training=training):
         raise ConfigError(problem)
+
+
+def _problems(model: ModelConfig, parallel: ParallelConfig, *, training: bool) -> list[str]:
+    # The rules of the layout rely on those of the model.
+    return list(_model_problems(model)) or list(_layout_problems(model, parallel, training=training))
 
 
 def _model_problems(model: ModelConfig) -> Iterator[str]:
@@ -83,9 +93,20 @@ def _layout_problems(model: ModelConfig, parallel: ParallelConfig, *, training: 
                 f"expert_model_parallel_size ({ep}) shares the experts of a mixture and num_moe_experts is not given; "
                 "set it to 1."
             )
+        if parallel.moe_token_dispatcher_type != "alltoall":
+            yield (
+                f"moe_token_dispatcher_type ({parallel.moe_token_dispatcher_type}) would act on nothing: "
+                "num_moe_experts is not given; remove it."
+            )
         return
     if experts % ep:
         yield f"num_moe_experts ({experts}) must be a multiple of expert_model_parallel_size ({ep}); choose a divisor."
+    stages = _stages_without_experts(model, parallel)
+    if stages:
+        yield (
+            f"pipeline stage {stages[0] + 1} of {parallel.pipeline_model_parallel_size} would have no layer with "
+            "experts (moe_layer_freq), and Megatron's optimizer waits for each stage's; choose another pipeline size."
+        )
     ffn = model.moe_ffn_hidden_size or model.ffn_hidden_size or 4 * model.hidden_size
     if ffn % tp:
         yield (
@@ -96,3 +117,11 @@ def _layout_problems(model: ModelConfig, parallel: ParallelConfig, *, training: 
             f"a mixture of experts on tensor_model_parallel_size {tp} needs sequence_parallel: without it every rank "
             "would send the same tokens to the experts; add --sequence-parallel."
         )
+
+
+def _stages_without_experts(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """Pipeline stages, from 0; a stage has every ``pipeline size``-th run of layers."""
+    pp, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    per_chunk = max(1, model.num_layers // (pp * chunks))
+    with_experts = {layer // per_chunk % pp for layer in range(model.num_layers) if model.has_experts(layer + 1)}
+    return [stage for stage in range(pp) if stage not in with_experts]

@@ -1,8 +1,8 @@
 """The tensors of a Megatron model by global name: the side of the mapping that all families share.
 
 A name that starts with ``decoder.layers.`` stands for one tensor per layer, as in a distributed checkpoint; the experts
-of a layer are numbered in it (``decoder.layers.mlp.experts.experts.3.linear_fc1.weight``). Shapes are those of one whole layer
-on no particular layout, without the rows that pad the vocabulary.
+of a layer are numbered in it (``decoder.layers.mlp.experts.experts.3.linear_fc1.weight``). Shapes are those of one
+whole layer on no particular layout, without the rows that pad the vocabulary.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfi
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.attention import SdpaAttention
 from megatron_groupdpo.mcore.layer import PostNormLayer
-from megatron_groupdpo.mcore.moe import allow_without_sequence_parallelism, mixture_mlp, moe_fields
+from megatron_groupdpo.mcore.moe import allow_without_sequence_parallelism, mark_experts, mixture_mlp, moe_fields
 from megatron_groupdpo.mcore.norm import AcrossHeadsRMSNorm, norm_class
 from megatron_groupdpo.mcore.rotary import ScaledRotaryEmbedding, TwoRopeSelfAttention, score_factor
 
@@ -235,6 +235,8 @@ def wrap_for_training(
     parallel: ParallelConfig,
 ) -> list[DistributedDataParallel]:
     """Half-precision wrapper where asked, then Megatron's gradient buffers (float32, summed over the ranks)."""
+    for chunk in chunks:
+        mark_experts(chunk)
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(

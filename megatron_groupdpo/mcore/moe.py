@@ -69,6 +69,19 @@ def mixture_mlp(num_experts: int) -> Any:
     return partial(mlp, submodules=parts)
 
 
+def mark_experts(chunk: torch.nn.Module) -> None:
+    """Give experts gradient buffers and an optimizer of their own on every layout.
+
+    Megatron does so only where experts are shared out; its optimizer's state would then have other parts than that of a
+    layout with whole mixtures, and a run could not go on there.
+    """
+    for module in chunk.modules():
+        if isinstance(module, MoELayer):
+            experts: Any = module.experts
+            for parameter in experts.parameters():
+                parameter.allreduce = False
+
+
 def allow_without_sequence_parallelism(chunk: torch.nn.Module) -> None:
     """Let a model that is never trained run on several tensor-parallel ranks without sequence parallelism.
 

@@ -209,7 +209,6 @@ UNBUILT = {
         "virtual_pipeline_model_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
     },
-    "parallel.expert_model_parallel_size": {"expert_model_parallel_size": 2},
     "precision.fp8_format": {"fp8_format": "hybrid", "fp8_recipe": "tensorwise", "bf16": True},
     "objective.reference": {"reference": "resident", "reference_logprobs": None},
 }
