@@ -1,4 +1,4 @@
-"""The models of the GroupDPO paper, and one of each mixture, at full size: their configurations are understood and every tensor has a place.
+"""The models of the GroupDPO paper, and one of each mixture, at full size: every tensor has a place.
 
 The values are those of the public config.json files on the Hugging Face hub (Qwen/Qwen3-4B, allenai/Olmo-3-7B-Instruct,
 allenai/Olmo-3.1-32B-Instruct, google/gemma-3-4b-it, mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B,
