@@ -5,7 +5,7 @@ Sizes are awkward on purpose: grouped heads, heads wider than hidden_size / head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,23 @@ CONFIGS: dict[str, Callable[[], Any]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     ),
+    # narrow experts: their outputs, products of three weights drawn wide, would drown the rest and add rounding
+    "mixtral": lambda: decoder(
+        "MixtralConfig", num_local_experts=4, num_experts_per_tok=2, intermediate_size=24, sliding_window=7
+    ),
+    "qwen3-moe": lambda: decoder(
+        "Qwen3MoeConfig",
+        num_hidden_layers=4,
+        num_experts=4,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        intermediate_size=32,
+        norm_topk_prob=True,
+        mlp_only_layers=[2],
+    ),
+    "olmoe": lambda: decoder(
+        "OlmoeConfig", head_dim=8, num_experts=8, num_experts_per_tok=2, intermediate_size=24, eos_token_id=None
+    ),
     "gpt2": lambda: gpt2(),
     "gpt2-untied-relu": lambda: gpt2(tie_word_embeddings=False, activation_function="relu", n_inner=72),
 }
@@ -116,7 +133,9 @@ def random_model(name: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(7)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[name](), attn_implementation="eager", experts_implementation="eager"
+    )
     for parameter in model.parameters():  # biases start at 0 and norms at 1, which would hide a mix-up
         drawn = torch.empty(parameter.shape, device="cpu").normal_(std=0.3, generator=generator)
         parameter.data.copy_(drawn + (parameter.data == 1).float())
@@ -127,3 +146,19 @@ def save_random_model(name: str, folder: Path, dtype: torch.dtype = torch.float3
     """Write :func:`random_model` as a Hugging Face folder."""
     random_model(name).to(dtype).save_pretrained(folder)
     return folder
+
+
+def named_as_in_files(tensors: Mapping[str, Any], model_type: str) -> dict[str, Any]:
+    """Experts, which ``transformers`` joins in memory, one by one and under the names that it writes to files."""
+    own_words = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if model_type == "mixtral" else {}
+    named: dict[str, Any] = {}
+    for key, tensor in tensors.items():
+        key = key.replace(".mlp.", ".block_sparse_moe.") if model_type == "mixtral" else key
+        before, mark, joined = key.partition(".experts.")
+        parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(joined, ())
+        if not parts:
+            named[key] = tensor
+        for expert, own in enumerate(tensor if parts else ()):
+            for part, piece in zip(parts, own.chunk(len(parts)), strict=True):
+                named[f"{before}{mark}{expert}.{own_words.get(part, part)}.weight"] = piece
+    return named

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.config.fp8 import length_multiple
+from megatron_groupdpo.config.mixture import expert_ranks_problems
 from megatron_groupdpo.data.planner import plan_options
 from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.entry import run_entry
@@ -49,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--context-parallel-size", type=int, default=1, metavar="N")
+    parser.add_argument("--expert-model-parallel-size", type=int, default=1, metavar="N")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--bf16", action="store_true", help="as the training run will have it; otherwise fp32")
     parser.add_argument(
@@ -128,7 +130,15 @@ def main() -> None:
     model_ranks = math.prod(sizes)
     if args.max_tokens_per_microbatch is None and args.micro_batch_size is None:
         args.micro_batch_size = 8
-    if min(*sizes, args.micro_batch_size or args.max_tokens_per_microbatch, args.groups_per_batch) < 1:
+    if (
+        min(
+            *sizes,
+            args.expert_model_parallel_size,
+            args.micro_batch_size or args.max_tokens_per_microbatch,
+            args.groups_per_batch,
+        )
+        < 1
+    ):
         raise ConfigError("every size must be at least 1")
     if world % model_ranks:
         raise ConfigError(
@@ -142,10 +152,13 @@ def main() -> None:
         tensor_model_parallel_size=args.tensor_model_parallel_size,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
         sequence_parallel=args.sequence_parallel,
         device=args.device,
     )
     precision = chosen_precision(args)
+    for problem in expert_ranks_problems(parallel, world):
+        raise ConfigError(problem)
     check_token_budget(args.max_tokens_per_microbatch, stores, parallel, precision)
     # Megatron takes seconds to import: a mistyped path is answered before.
     from megatron_groupdpo.convert.start_weights import load_any_policy

@@ -95,6 +95,27 @@ class ModelConfig:
     """Must be 0: scores and gradients come from two passes, which must see one function."""
     hidden_dropout: NonNegativeFloat = 0.0
     """Must be 0: scores and gradients come from two passes, which must see one function."""
+    num_moe_experts: PositiveInt | None = None
+    """Experts of a layer, in place of its MLP; none: no mixture."""
+    moe_ffn_hidden_size: PositiveInt | None = None
+    """Width of an expert; none: ffn_hidden_size, which is that of layers without experts."""
+    moe_router_topk: PositiveInt = 2
+    """Experts that a token goes to."""
+    moe_router_pre_softmax: bool = False
+    """Weigh a token's experts by their softmax over all experts; otherwise over those it goes to."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = None
+    """Precision of the router's product; none: that of the weights. Its softmax is in float32 at least."""
+    moe_layer_freq: tuple[int, ...] = ()
+    """Layers with experts: one number N, every N-th from the first; or a number a layer, 1 with and 0 without; none:
+    all."""
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Must be 0: a balancing loss would make the gradient depend on which responses share a microbatch."""
+    moe_z_loss_coeff: NonNegativeFloat = 0.0
+    """Must be 0, for the same reason."""
+    moe_expert_capacity_factor: PositiveFloat | None = None
+    """Must be left out: dropped tokens would make responses depend on each other."""
+    moe_router_enable_expert_bias: bool = False
+    """Must be off: the biases move with counts of tokens, which both passes would feed."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layers from Megatron-Core and PyTorch, or from Transformer Engine; auto: the latter where it is installed
     and the device is CUDA."""
@@ -106,9 +127,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         # Written files give lists back.
-        for name in ("window_size", "window_attn_skip_freq"):
+        for name in ("window_size", "window_attn_skip_freq", "moe_layer_freq"):
             if isinstance(given := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(given))
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a layer, counted from 1, has experts in place of an MLP."""
+        marks = self.moe_layer_freq
+        if self.num_moe_experts is None or not marks:
+            return self.num_moe_experts is not None
+        return (layer - 1) % marks[0] == 0 if len(marks) == 1 else bool(marks[layer - 1])
 
     def has_window(self, layer: int) -> bool:
         """Whether a layer, counted from 1, attends within ``window_size``."""
@@ -131,7 +159,9 @@ class ParallelConfig:
     context_parallel_size: PositiveInt = 1
     """Ranks that share each sequence."""
     expert_model_parallel_size: PositiveInt = 1
-    """Ranks that share the experts of a mixture."""
+    """Ranks that share the experts of a mixture, taken from the data- and context-parallel ones."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
+    """How tokens reach their experts on other ranks."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     use_distributed_optimizer: bool = False

@@ -21,11 +21,6 @@ class NotYet:
 
 NOT_YET = (
     NotYet(
-        field="parallel.expert_model_parallel_size",
-        refused=lambda size: size > 1,
-        reason="mixtures of experts are not supported yet; set it to 1",
-    ),
-    NotYet(
         field="precision.fp8_param_gather",
         refused=bool,
         reason="weights stored in FP8 are not supported yet: a checkpoint's weights would be rounded to FP8 before the "

@@ -17,6 +17,7 @@ from megatron_groupdpo.config.derived import (
 )
 from megatron_groupdpo.config.export_rules import export_problems
 from megatron_groupdpo.config.fp8 import fp8_problems, kernel_problems, length_multiple
+from megatron_groupdpo.config.mixture import mixture_problems
 from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
 from megatron_groupdpo.config.speed_rules import speed_problems
@@ -39,6 +40,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *_model_problems(config),
             *_rope_problems(config),
             *_window_problems(config),
+            *mixture_problems(config, world_size),
             *_precision_problems(config),
             *_objective_problems(config),
             *_length_problems(config),

@@ -104,7 +104,7 @@ def export_checkpoint(
         own = tokenizers.of_checkpoint(common["config"].get("tokenizer"), folder, model)
     plan = conversion_plan(form.family, model)
     dtype = _dtype(options, kept, weights_dtype(folder))
-    whole = checkpoint_tensors(folder, plan, model.num_layers)
+    whole = checkpoint_tensors(folder, plan)
     with new_folder(output, overwrite=options.overwrite, marker=CONFIG, source=checkpoint) as partial:
         return _write_folder(partial, output, form, plan, whole, dtype, options.max_shard_size, own)
 

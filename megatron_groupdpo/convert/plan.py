@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families import Family
-from megatron_groupdpo.convert.megatron_names import Shape, is_per_layer, megatron_tensors
+from megatron_groupdpo.convert.megatron_names import Shape, is_in_layer, is_per_layer, megatron_tensors, rule_name
 from megatron_groupdpo.convert.transforms import COPY, GATE_UP, QKV, Transform
 
 Key = tuple[str, int | None]
@@ -63,15 +63,22 @@ class Pair:
 def conversion_plan(family: Family, model: ModelConfig) -> dict[Key, Pair]:
     """A pair for each tensor of the model, in the model's order."""
     tensors = megatron_tensors(model)
-    assert tensors.keys() <= family.rules.keys(), f"{family.name} lacks {tensors.keys() - family.rules.keys()}"
+    lacking = {rule_name(name)[0] for name in tensors} - family.rules.keys()
+    assert not lacking, f"{family.name} lacks {lacking}"
     outside = [(name, None) for name in tensors if not is_per_layer(name)]
-    inside = [(name, layer) for layer in range(model.num_layers) for name in tensors if is_per_layer(name)]
+    inside = [
+        (name, layer)
+        for layer in range(model.num_layers)
+        for name in tensors
+        if is_per_layer(name) and is_in_layer(name, model, layer)
+    ]
     return {(name, layer): _pair(family, model, name, layer, tensors[name]) for name, layer in [*outside, *inside]}
 
 
 def _pair(family: Family, model: ModelConfig, name: str, layer: int | None, shape: Shape) -> Pair:
-    rule = family.rules[name]
-    names = [hf.format(layer=layer) for hf in rule.hf]
+    general, expert = rule_name(name)
+    rule = family.rules[general]
+    names = [hf.format(layer=layer, expert=expert) for hf in rule.hf]
     parts = rule.transform.split(torch.empty(shape, device="meta"), model)
     shapes = [tuple(part.shape) for part in parts]
     return Pair(shape=shape, hf=dict(zip(names, shapes, strict=True)), transform=rule.transform, model=model)

@@ -155,7 +155,9 @@ def transformers_logprobs(folder: Path, sequences: Sequence[np.ndarray]) -> list
     """Log-probability of tokens 1.. of each sequence, [length - 1] float32, under ``transformers`` in fp32."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="eager")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     model.eval()
     logprobs = []
     for tokens in tqdm(sequences, desc="transformers", unit=" sequences", delay=2.0, leave=False):

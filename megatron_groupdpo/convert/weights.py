@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.agreement import together
 from megatron_groupdpo.convert.hf_model import HfModel, open_hf_model
-from megatron_groupdpo.convert.megatron_names import canonical_name
+from megatron_groupdpo.convert.megatron_names import tensor_key
 from megatron_groupdpo.convert.plan import Key
 from megatron_groupdpo.convert.progress import byte_bar
 from megatron_groupdpo.errors import ConfigError
@@ -100,8 +100,7 @@ def policy_shards(policy: Policy) -> Iterator[Any]:
 
 def key_of(shard: Any) -> Key:
     """Name and layer of the tensor that a shard is a part of."""
-    layer = shard.global_offset[0] if shard.prepend_axis_num else None
-    return canonical_name(shard.key), layer
+    return tensor_key(shard.key, shard.global_offset[: shard.prepend_axis_num])
 
 
 def window_of(shard: Any) -> tuple[slice, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_groupdpo.convert.megatron_names import canonical_name
+from megatron_groupdpo.convert.megatron_names import num_leading_axes, tensor_key
 from megatron_groupdpo.convert.plan import Key, Pair
 from megatron_groupdpo.convert.weights import key_of, policy_shards, window_of
 from megatron_groupdpo.errors import CheckpointError
@@ -22,42 +23,51 @@ _OPTIMIZER = "optimizer."
 """What the names of the optimizer's tensors start with in a checkpoint."""
 
 
-def checkpoint_names(stored: CheckpointTensors, plan: Mapping[Key, Pair], num_layers: int) -> dict[str, str]:
-    """Each tensor name of the plan to its name in the checkpoint; Transformer Engine's layers have other names.
+Place = tuple[str, tuple[int, ...]]
+"""A tensor's name in a checkpoint, and its indices in the axes before its own: layer, expert."""
+
+
+def places_in(stored: CheckpointTensors, plan: Mapping[Key, Pair]) -> dict[Key, Place]:
+    """Where the checkpoint has each tensor of the plan; Transformer Engine's layers have other names.
 
     Raises:
         CheckpointError: a tensor is missing, misshapen, or not of the model.
     """
-    shapes = stored.shapes
-    names = {canonical_name(name): name for name in shapes if not name.startswith(_OPTIMIZER)}
-    for (name, layer), pair in plan.items():
-        if name not in names:
-            raise CheckpointError(f"{stored.folder} lacks the tensor {name!r} that its model has; it is damaged")
-        found, wanted = shapes[names[name]], pair.shape if layer is None else (num_layers, *pair.shape)
-        padded = layer is None and found[1:] == wanted[1:] and found[0] >= wanted[0]  # the vocabulary
-        if found != wanted and not padded:
+    places: dict[Key, Place] = {}
+    for name, shape in stored.shapes.items():
+        if not name.startswith(_OPTIMIZER):
+            axes = (range(size) for size in shape[: num_leading_axes(name)])
+            places |= {tensor_key(name, indices): (name, indices) for indices in itertools.product(*axes)}
+    for key, pair in plan.items():
+        if key not in places:
+            raise CheckpointError(f"{stored.folder} lacks the tensor {_show(key)} that its model has; it is damaged")
+        name, indices = places[key]
+        found = stored.shapes[name][len(indices) :]
+        padded = key[1] is None and found[1:] == pair.shape[1:] and found[0] >= pair.shape[0]  # the vocabulary
+        if found != pair.shape and not padded:
             raise CheckpointError(
-                f"{stored.folder}: tensor {names[name]!r} has shape {list(found)}, its model asks for {list(wanted)}"
+                f"{stored.folder}: tensor {_show(key)} has shape {list(found)}, its model asks for {list(pair.shape)}"
             )
-    unknown = sorted(names.keys() - {name for name, _ in plan})
-    if unknown:
+    for key in places.keys() - plan.keys():
         raise CheckpointError(
-            f"{stored.folder}: unexpected tensor {names[unknown[0]]!r}, which its model does not have; converting "
-            "without it would change the model"
+            f"{stored.folder}: unexpected tensor {_show(key)}, which its model does not have; converting without it "
+            "would change the model"
         )
-    return names
+    return places
 
 
-def checkpoint_tensors(folder: Path, plan: Mapping[Key, Pair], num_layers: int) -> Iterator[tuple[Key, Tensor]]:
+def _show(key: Key) -> str:
+    name, layer = key
+    return repr(name) if layer is None else f"{name!r} of layer {layer}"
+
+
+def checkpoint_tensors(folder: Path, plan: Mapping[Key, Pair]) -> Iterator[tuple[Key, Tensor]]:
     """Every tensor of the plan, in its order, without the rows that pad the vocabulary; one at a time is held."""
     stored = CheckpointTensors(folder)
-    names = checkpoint_names(stored, plan, num_layers)
+    places = places_in(stored, plan)
     for key, pair in plan.items():
-        name, layer = key
-        if layer is None:
-            yield key, stored.read(names[name], rows=pair.shape[0])
-        else:
-            yield key, stored.read(names[name], (layer,))
+        name, indices = places[key]
+        yield key, stored.read(name, indices, rows=pair.shape[0])
 
 
 def gathered_tensors(policy: Policy, plan: Mapping[Key, Pair]) -> Iterator[tuple[Key, Tensor | None]]:

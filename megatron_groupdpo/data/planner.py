@@ -34,7 +34,7 @@ class PlanOptions:
     length_multiple: int = 1
     """Lengths of microbatches are a multiple of this."""
     same_length: bool = False
-    """All microbatches of a step have one shape (pipeline messages have)."""
+    """All microbatches of a step have one shape (messages between ranks have)."""
     pad_token: int = 0
     attention_cost: float = 0.0
     """Cost of a response of length L is L + this x L^2; see :func:`megatron_groupdpo.run.flops.attention_cost`."""
@@ -77,7 +77,9 @@ def plan_options(
         context_parallel_size=parallel.context_parallel_size,
         microbatch_multiple=pp if parallel.virtual_pipeline_model_parallel_size is not None else 1,
         length_multiple=length_multiple(parallel, precision),
-        same_length=pp > 1,
+        # The all-gather of tokens takes as many from each rank.
+        same_length=pp > 1
+        or (parallel.expert_model_parallel_size > 1 and parallel.moe_token_dispatcher_type == "allgather"),
         pad_token=pad_token,
         attention_cost=attention_cost,
     )

@@ -33,7 +33,11 @@ _EXTRA_STATE = "_extra_state"
 # Megatron's and pickle's own kinds, and the one of torch's loader, which is no Exception.
 _LOAD_ERRORS = (Exception, CheckpointException)
 # Optimizer state laid out by parameter, not by buffer: loadable under another TP, PP and DP.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,  # the experts' optimizer names its state as the other does
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from megatron_groupdpo.mcore.setup import Ranks
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _ELEMENTS_AT_A_TIME = 1 << 22
+_EXPERTS = "mlp.experts.local_experts."
+_LAYER_AND_EXPERT = re.compile(rf"decoder\.layers\.(?P<layer>\d+)\.({re.escape(_EXPERTS)}(?P<expert>\d+)\.)?")
 
 
 def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.device) -> str:
@@ -43,51 +46,65 @@ def count_parameters(chunks: Sequence[Any], *, device: torch.device) -> int:
 
 
 def differing_replicas(chunks: Sequence[Any], ranks: Ranks) -> str | None:
-    """Compare every parameter's bits over the data- and context-parallel ranks, which must hold the same.
+    """Compare every parameter's bits over the ranks that must hold the same: data- and context-parallel ones, and of
+    experts those with the same experts.
 
     A collective call with one answer on all ranks: ``None``, or the first parameter that differs, the ranks and their
     hashes. One pass over the local weights on the device they are on, and 8 bytes a parameter tensor on the wire.
     """
-    group = ranks.dp_cp_group
-    if group.size() == 1:
-        return None
     finish_param_gather(chunks)
     named = [(name, p) for chunk in chunks for name, p in parameter_names(chunk).items()]
-    own_P = torch.stack([_bits_hash(parameter) for _, parameter in named])
-    all_P = [torch.empty_like(own_P) for _ in range(group.size())]
-    dist.all_gather(all_P, own_P, group=group)
-    hashes_DP = torch.stack(all_P)
-    differs_P = (hashes_DP != hashes_DP[0]).any(0)
-    found = differs_P.any().to(torch.int32)
+    found_in = []
+    for group in (ranks.dp_cp_group, ranks.expert_dp_group):
+        own = [(name, p) for name, p in named if ranks.replicas_of(p) is group]
+        if group.size() > 1 and own:
+            found_in.append(_differing(own, group))
+    finding = next((text for text in found_in if text is not None), None)
+    found = torch.tensor(finding is not None, dtype=torch.int32, device=ranks.device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     if not int(found):
         return None
-    finding = None
-    if bool(differs_P.any()):
-        first = int(differs_P.int().argmax())
-        held: dict[str, list[int]] = {}
-        for rank, value in zip(dist.get_process_group_ranks(group), hashes_DP[:, first].tolist()):
-            held.setdefault(f"{value & (2**64 - 1):016x}", []).append(rank)
-        finding = f"{named[first][0]}: " + "; ".join(
-            f"{value} on rank{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}" for value, own in held.items()
-        )
     findings: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(findings, finding)
     return next(text for text in findings if text is not None)
 
 
+def _differing(named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup) -> str | None:
+    """The first parameter that differs between the ranks of a group, with the ranks and their hashes."""
+    own_P = torch.stack([_bits_hash(parameter) for _, parameter in named])
+    all_P = [torch.empty_like(own_P) for _ in range(group.size())]
+    dist.all_gather(all_P, own_P, group=group)
+    hashes_DP = torch.stack(all_P)
+    differs_P = (hashes_DP != hashes_DP[0]).any(0)
+    if not bool(differs_P.any()):
+        return None
+    first = int(differs_P.int().argmax())
+    held: dict[str, list[int]] = {}
+    for rank, value in zip(dist.get_process_group_ranks(group), hashes_DP[:, first].tolist()):
+        held.setdefault(f"{value & (2**64 - 1):016x}", []).append(rank)
+    return f"{named[first][0]}: " + "; ".join(
+        f"{value} on rank{'s' if len(own) > 1 else ''} {', '.join(map(str, own))}" for value, own in held.items()
+    )
+
+
 def parameter_names(chunk: Any) -> dict[str, Tensor]:
-    """Parameters of a chunk by name, layers numbered as in the whole model."""
+    """Parameters of a chunk by name, layers and experts numbered as in the whole model."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
-    # Megatron counts the layers of the whole model from 1.
-    numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
+    layers = chunk.decoder.layers
 
-    def whole(name: str) -> str:
-        local = next((prefix for prefix in numbers if name.startswith(prefix)), None)
-        return name if local is None else f"decoder.layers.{numbers[local]}.{name.removeprefix(local)}"
+    def whole_name(name: str) -> str:
+        found = _LAYER_AND_EXPERT.match(name)
+        if found is None:
+            return name
+        layer, expert = layers[int(found["layer"])], found["expert"]
+        # Megatron counts the layers of the whole model from 1.
+        start = f"decoder.layers.{layer.layer_number - 1}."
+        if expert is not None:
+            start += f"{_EXPERTS}{layer.mlp.local_expert_indices[int(expert)]}."
+        return start + name[found.end() :]
 
-    return {whole(name): parameter for name, parameter in chunk.named_parameters()}
+    return {whole_name(name): parameter for name, parameter in chunk.named_parameters()}
 
 
 def _bits_hash(parameter: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class MegatronEngine:
         bounds_on_host: bool = True,
         scaling: TwoPassScaling | None = None,
     ) -> None:
-        """``scaling``: of a model with FP8 products. ``bounds_on_host``: the layers read the bounds of packed responses as numbers, as Megatron's own do;
-        Transformer Engine's kernels take them from the device."""
+        """``bounds_on_host``: the layers read the bounds of packed responses as numbers, as Megatron's own do;
+        Transformer Engine's kernels take them from the device. ``scaling``: of a model with FP8 products."""
         self.chunks = list(chunks)
         self.config = config
         self.ranks = ranks

@@ -66,7 +66,7 @@ def sample(
         on_done: called with the number of responses just finished.
 
     Raises:
-        ConfigError: pipeline or context parallelism; prompt and response are longer than the model's positions.
+        ConfigError: pipeline, context or expert parallelism; prompt and response are longer than the model's positions.
     """
     _check_layout(policy, prompts, options)
     responses: list[SampledResponse | None] = [None] * len(prompts)
@@ -94,6 +94,12 @@ def _check_layout(policy: Policy, prompts: Sequence[np.ndarray], options: Sampli
         raise ConfigError(
             "sampling runs with pipeline and context parallel size 1; load the checkpoint with tensor and data "
             "parallelism alone"
+        )
+    # Ranks that share experts would have to decode in step, and each has prompts of its own.
+    if policy.config.expert_model_parallel_size > 1:
+        raise ConfigError(
+            f"sampling runs with expert_model_parallel_size 1, it is {policy.config.expert_model_parallel_size}; load "
+            "the checkpoint with tensor and data parallelism alone"
         )
     longest = max((len(prompt) for prompt in prompts), default=0) + options.max_new_tokens
     if longest > policy.model.max_position_embeddings:

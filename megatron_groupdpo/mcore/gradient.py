@@ -28,10 +28,10 @@ def gradient_pieces(engine: MegatronEngine) -> Iterator[GradientPiece]:
 
     Under the distributed optimizer a rank has its part of each bucket, otherwise all of it, as have the other replicas.
     """
-    replicas = engine.ranks.dp_cp_group
     for chunk in engine.chunks:
         names = {parameter: name for name, parameter in parameter_names(chunk).items()}
         for bucket in _buckets(chunk):
+            replicas = engine.ranks.replicas_of(bucket.params_list[0])
             start, end, copies = 0, bucket.grad_data.numel(), replicas.size()
             if chunk.ddp_config.use_distributed_optimizer:
                 length = end // replicas.size()
@@ -83,7 +83,7 @@ class PlainEngine:
         engine, ranks = self.engine, self.engine.ranks
         for chunk in engine.chunks:
             for bucket in _buckets(chunk):
-                dist.all_reduce(bucket.grad_data, group=ranks.dp_cp_group)
+                dist.all_reduce(bucket.grad_data, group=ranks.replicas_of(bucket.params_list[0]))
             named: dict[str, Any] = parameter_names(chunk)
             for name, parameter in named.items():
                 in_parts = engine.config.sequence_parallel and getattr(parameter, "sequence_parallel", False)

@@ -51,7 +51,7 @@ class _HostStream:
     def synchronize(self) -> None: ...
 
     def record_event(self, event: Any = None) -> Any:
-        return event
+        return self if event is None else event  # all that is done with it is to wait for it
 
 
 def _is_cuda(device: Any) -> bool:
@@ -103,6 +103,8 @@ def activate() -> None:
         setattr(torch, name, _on_host(getattr(torch, name)))
     _patch_tensor_methods()
     _patch_rng_tracker()
+    _patch_token_counts()
+    _patch_uneven_collectives()
     # Megatron decorates its pointwise kernels with torch.compile, which on a host would call a C++ compiler.
     torch.compiler.set_stance("force_eager")
 
@@ -141,3 +143,40 @@ def _patch_rng_tracker() -> None:
 
     megatron_random._get_cuda_rng_state = get_state
     megatron_random._set_cuda_rng_state = set_state
+
+
+def _patch_token_counts() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Megatron's leaves a tensor that is on the host as it is, and the all-to-all takes no tensors as sizes.
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = on_host
+
+
+def _patch_uneven_collectives() -> None:
+    """Parts of several lengths, as tokens come to experts cut over tensor-parallel ranks; gloo takes equal ones."""
+    from megatron.core.tensor_parallel import mappings
+
+    gather_even, scatter_even = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(part: Any, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather_even(part, group, None, use_global_buffer)
+        whole = part.new_empty((sum(output_split_sizes), *part.shape[1:]))
+        copies = part.repeat(group.size(), *[1] * (part.dim() - 1))
+        torch.distributed.all_to_all_single(whole, copies, output_split_sizes, [len(part)] * group.size(), group=group)
+        return whole
+
+    def reduce_scatter(whole: Any, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter_even(whole, group, None, use_global_buffer)
+        own = input_split_sizes[group.rank()]
+        parts = whole.new_empty((group.size() * own, *whole.shape[1:]))
+        sizes = [own] * group.size()
+        torch.distributed.all_to_all_single(parts, whole.contiguous(), sizes, input_split_sizes, group=group)
+        return parts.unflatten(0, (group.size(), own)).sum(0)
+
+    mappings._gather_along_first_dim = gather
+    mappings._reduce_scatter_along_first_dim = reduce_scatter

@@ -23,12 +23,13 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.attention import SdpaAttention
 from megatron_groupdpo.mcore.layer import PostNormLayer
+from megatron_groupdpo.mcore.moe import allow_without_sequence_parallelism, mark_experts, mixture_mlp, moe_fields
 from megatron_groupdpo.mcore.norm import AcrossHeadsRMSNorm, norm_class
 from megatron_groupdpo.mcore.rotary import ScaledRotaryEmbedding, TwoRopeSelfAttention, score_factor
 from megatron_groupdpo.mcore.te_spec import fused_layer_spec, transformer_engine_parts
@@ -115,6 +116,7 @@ def transformer_config(
             batch_p2p_comm=not interleaved,
             use_cpu_initialization=False,
             perform_initialization=False,
+            **moe_fields(model, parallel),
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"Megatron-Core refuses this model or layout: {error}") from error
@@ -162,11 +164,15 @@ def local_layer_spec(model: ModelConfig, config: TransformerConfig, vp_stage: in
         # Keys as the modules name them; the map only serves checkpoints shared with fused layers.
         sharded_state_dict_keys_map={},
     )
-    layer = ModuleSpec(
-        module=TransformerLayer if model.norm_position == "pre" else PostNormLayer, submodules=submodules
-    )
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    layer_class = TransformerLayer if model.norm_position == "pre" else PostNormLayer
+    dense = mixture = ModuleSpec(module=layer_class, submodules=submodules)
+    if model.num_moe_experts is not None:
+        with_experts = dataclasses.replace(submodules, mlp=mixture_mlp(model.num_moe_experts))
+        mixture = ModuleSpec(module=layer_class, submodules=with_experts)
+    first = get_transformer_layer_offset(config, vp_stage) + 1
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    layers = [mixture if model.has_experts(number) else dense for number in numbers]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def padded_vocab_size(vocab_size: int, *, divisible_by: int, tensor_parallel: int) -> int:
@@ -238,6 +244,8 @@ def wrap_for_inference(chunks: list[torch.nn.Module], config: TransformerConfig)
     The weights still require gradients: for frozen ones Megatron takes another linear function, whose product may
     round otherwise than the policy's (seen: one fp32 unit, tensor parallel, one row). Callers use ``torch.no_grad``.
     """
+    for chunk in chunks:
+        allow_without_sequence_parallelism(chunk)
     return [Float16Module(config, chunk) for chunk in chunks] if config.bf16 else chunks
 
 
@@ -247,6 +255,8 @@ def wrap_for_training(
     parallel: ParallelConfig,
 ) -> list[DistributedDataParallel]:
     """Half-precision wrapper where asked, then Megatron's gradient buffers (float32, summed over the ranks)."""
+    for chunk in chunks:
+        mark_experts(chunk)
     if config.bf16:
         chunks = [Float16Module(config, chunk) for chunk in chunks]
     ddp_config = DistributedDataParallelConfig(

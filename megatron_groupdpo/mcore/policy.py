@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config.mixture import check_mixture
 from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights, read_common
 from megatron_groupdpo.mcore.digest import count_parameters, weights_digest
 from megatron_groupdpo.mcore.engine import MegatronEngine
@@ -66,6 +67,7 @@ def build_policy(
         ConfigError: Megatron refuses the model on this layout; or Transformer Engine, an FP8 recipe or a kernel is
             asked for and cannot be had.
     """
+    check_mixture(model, parallel, training=training)
     model = resolved(model)
     assert model.vocab_size is not None
     transformer_impl = choose_transformer_impl(
@@ -121,9 +123,11 @@ def load_policy(
 
 def resolved(model: ModelConfig) -> ModelConfig:
     """Sizes that may be left out, filled in by Megatron's rules."""
+    ffn = model.ffn_hidden_size or 4 * model.hidden_size
     return dataclasses.replace(
         model,
-        ffn_hidden_size=model.ffn_hidden_size or 4 * model.hidden_size,
+        ffn_hidden_size=ffn,
+        moe_ffn_hidden_size=(model.moe_ffn_hidden_size or ffn) if model.num_moe_experts else None,
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
     )

@@ -27,6 +27,13 @@ class Ranks:
     dp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    expert_dp_group: dist.ProcessGroup
+    """Ranks that hold the same experts, where experts are shared out; else as ``dp_cp_group``."""
+
+    def replicas_of(self, parameter: torch.Tensor) -> dist.ProcessGroup:
+        """The ranks that hold the same as this one of a parameter, and sum its gradient."""
+        # Megatron's mark of experts that are shared out over the ranks
+        return self.dp_cp_group if getattr(parameter, "allreduce", True) else self.expert_dp_group
 
     @property
     def is_last_stage(self) -> bool:
@@ -145,6 +152,7 @@ def current_ranks(device: torch.device) -> Ranks:
         dp_group=state.get_data_parallel_group(),
         cp_group=state.get_context_parallel_group(),
         dp_cp_group=state.get_data_parallel_group(with_context_parallel=True),
+        expert_dp_group=state.get_expert_data_parallel_group(),
     )
 
 

@@ -14,13 +14,25 @@ def attention_cost(model: ModelConfig) -> float:
 
 def _layer_flops(model: ModelConfig) -> tuple[float, float]:
     """Forward FLOPs of all layers: (per token, per squared length of a sequence)."""
-    assert model.ffn_hidden_size is not None
     assert model.num_query_groups is not None
     assert model.kv_channels is not None
     heads, kv = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
-    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.gated else 2)
+    mlps = sum(_mlp_products(model, layer) for layer in range(1, model.num_layers + 1))
+    projections = model.num_layers * model.hidden_size * (2 * heads + 2 * kv)
     # Causal: a position meets half the sequence on average.
-    return 2 * model.num_layers * (model.hidden_size * (2 * heads + 2 * kv) + mlp), model.num_layers * 4 * heads / 2
+    return 2 * (projections + mlps), model.num_layers * 4 * heads / 2
+
+
+def _mlp_products(model: ModelConfig, layer: int) -> int:
+    """Multiply-adds per token: of the MLP, or of the router and the experts that a token goes to."""
+    matrices = 3 if model.gated else 2
+    if not model.has_experts(layer):
+        assert model.ffn_hidden_size is not None
+        return matrices * model.hidden_size * model.ffn_hidden_size
+    assert model.num_moe_experts is not None
+    assert model.moe_ffn_hidden_size is not None
+    experts = model.moe_router_topk * matrices * model.hidden_size * model.moe_ffn_hidden_size
+    return experts + model.hidden_size * model.num_moe_experts
 
 
 def step_flops(model: ModelConfig, batch: GroupBatch, *, scoring_pass: bool) -> float:

@@ -156,6 +156,9 @@ FAULTS: dict[str, Inject] = {
     "no sum over parts of the model": _sum_over_replicas_alone,
     "a flipped bit on rank 1": _corrupt(rank=1, after=2, name="layers.1.mlp.linear_fc2.weight"),
     "a flipped bit on rank 3": _corrupt(rank=3, after=2, name="layers.0.mlp.linear_fc2.weight"),
+    "a flipped bit of an expert on rank 3": _corrupt(
+        rank=3, after=2, name="layers.1.mlp.experts.local_experts.1.linear_fc2.weight"
+    ),
     "poisoned weight": _poison,
     "noisy scores": _noisy_scores,
     "noisy policy": _noisy_policy,

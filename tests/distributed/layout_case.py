@@ -29,9 +29,19 @@ _LLAMA = {
 MODELS: dict[str, dict[str, Any]] = {
     "llama": _SIZES | _LLAMA,
     "llama-untied": _SIZES | _LLAMA | {"untie_embeddings_and_output_weights": True},
+    "mixture": _SIZES
+    | _LLAMA
+    | {
+        "num_moe_experts": 4,
+        "moe_router_topk": 2,
+        "moe_ffn_hidden_size": 24,
+        "moe_layer_freq": (1, 0, 0, 1),  # one layer of each kind in both stages of a pipeline of two
+        "moe_router_pre_softmax": True,
+    },
     "gpt": _SIZES | {"activation": "gelu", "position_embedding_type": "learned_absolute"},
 }
 """Keyword arguments of the model configuration."""
+DENSE = tuple(name for name in MODELS if name != "mixture")
 
 
 @dataclass(frozen=True, kw_only=True)

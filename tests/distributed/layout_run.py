@@ -15,6 +15,7 @@ from group_samples import make_samples, reference_logps
 from layout_case import MODELS, VOCAB_SIZE, LayoutCase
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.convert.megatron_names import tensor_key
 from megatron_groupdpo.data.planner import plan_options
 from megatron_groupdpo.data.sampler import GroupSampler
 from megatron_groupdpo.mcore.init import sharded_tensors
@@ -188,9 +189,9 @@ def collect(policy: Policy) -> list[Shard]:
 
 def complete_gradients(policy: Policy) -> None:
     """Under the distributed optimizer each rank has its part of the reduced gradient: bring the parts together."""
-    group = policy.ranks.dp_cp_group
     for chunk in policy.chunks:
-        for bucket in (bucket for buffer in chunk.buffers for bucket in buffer.buckets):
+        for bucket in (bucket for buffer in chunk.buffers + chunk.expert_parallel_buffers for bucket in buffer.buckets):
+            group = policy.ranks.replicas_of(bucket.params_list[0])
             own = bucket.grad_data.chunk(group.size())[group.rank()].clone()
             dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
 
@@ -210,10 +211,14 @@ def gradients_in_place_of_weights(policy: Policy) -> Iterator[None]:
 
 
 def _place(shard: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Name with its layer's number, offset in the whole tensor and shape of the whole."""
+    """Name with its layer's and its expert's number, offset in the whole tensor and shape of the whole."""
     axes = shard.prepend_axis_num
-    layer = "".join(f"#{index}" for index in shard.global_offset[:axes])
-    return shard.key + layer, tuple(shard.global_offset[axes:]), tuple(shard.global_shape[axes:])
+    name, layer = tensor_key(shard.key, shard.global_offset[:axes])
+    return (
+        name if layer is None else f"{name}#{layer}",
+        tuple(shard.global_offset[axes:]),
+        tuple(shard.global_shape[axes:]),
+    )
 
 
 def _unwrapped(chunk: Any) -> Any:

@@ -20,7 +20,7 @@ from group_samples import make_samples, reference_logps
 from layout_case import MODELS, LayoutCase
 from layout_run import RankResult, run_case, whole_tensors
 from one_graph import coupled_loss, trained
-from parity import CP2, DISTRIBUTED_OPTIMIZER, PP2, SP, TP2, VPP2, relative_gap, weights_of, worst_entry
+from parity import CP2, DISTRIBUTED_OPTIMIZER, EP2, PP2, SP, TP2, VPP2, relative_gap, weights_of, worst_entry
 from rank_pool import RankPool
 
 NUM_STEPS, NUM_GROUPS = 3, 6  # 18 responses in the first step: some layouts have microbatches to fill up
@@ -79,10 +79,27 @@ MICROBATCHES: dict[str, dict[str, Any]] = {
 _OBJECTIVES = ("all_pairs", "mpo", "softmax", "margin", "plackett_luce", "nca", "dpo", "lipo_lambda")
 
 
-def _case(layout: str, microbatches: str, objective: str, precision: dict[str, Any] | None = None) -> LayoutCase:
-    num_ranks, parallel = LAYOUTS[layout]
+MIXTURE_LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "PP2": (2, PP2),
+    "EP2": (2, EP2),
+    "EP2 DP4 distopt overlap": (4, {**EP2, **DISTRIBUTED_OPTIMIZER, **OVERLAP}),
+    "TP2 EP2 SP": (4, {**TP2, **SP, **EP2}),
+    "PP2 EP2": (4, {**PP2, **EP2}),
+    "CP2 EP2 allgather": (2, {**CP2, **EP2, "moe_token_dispatcher_type": "allgather"}),
+}
+
+
+def _case(
+    layout: str,
+    microbatches: str,
+    objective: str,
+    precision: dict[str, Any] | None = None,
+    model: str = "llama",
+) -> LayoutCase:
+    num_ranks, parallel = (MIXTURE_LAYOUTS if model == "mixture" else LAYOUTS)[layout]
     return LayoutCase(
         num_ranks=num_ranks,
+        model=model,
         parallel=parallel,
         precision=precision or {},
         loss={"objective": objective},
@@ -106,6 +123,8 @@ def _cases() -> Iterator[tuple[str, LayoutCase]]:
     for name, precision in (("recompute full", FULL), ("recompute selective", SELECTIVE)):
         for layout, microbatches in (("TP2 PP2", "mbs 2"), ("PP2 CP2", "packed 100")):
             yield f"{layout}, {microbatches}, mpo, {name}", _case(layout, microbatches, "mpo", precision)
+    for layout, microbatches in zip(MIXTURE_LAYOUTS, cycle(("mbs 2", "packed 100"))):
+        yield f"mixture, {layout}, {microbatches}, mpo", _case(layout, microbatches, "mpo", model="mixture")
 
 
 CASES: dict[str, LayoutCase] = dict(_cases())

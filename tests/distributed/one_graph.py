@@ -38,7 +38,8 @@ def log_probabilities(weights: Weights, model: Mapping[str, Any], tokens_S: np.n
             if name.startswith("decoder.layers.") and name.endswith(f"#{layer}")
         }
         x = x + _attention(_norm(x, own, "input_layernorm"), own, model)
-        x = x + _mlp(_norm(x, own, "pre_mlp_layernorm"), own, model)
+        after = _mixture if "mlp.router.weight" in own else _mlp
+        x = x + after(_norm(x, own, "pre_mlp_layernorm"), own, model)
     final = {name.removeprefix("decoder."): weight for name, weight in weights.items()}
     x = _norm(x, final, "final_layernorm")
     output = weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])
@@ -86,6 +87,21 @@ def _rotate(x: Tensor, base: float = 10000.0) -> Tensor:
     return torch.cat(
         [first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], dim=1
     )
+
+
+def _mixture(x: Tensor, weights: Weights, model: Mapping[str, Any]) -> Tensor:
+    """Every expert on every position, weighed by 0 where the position does not go."""
+    probs = (x @ weights["mlp.router.weight"].T).softmax(-1)
+    least = probs.sort(-1, descending=True).values[:, model["moe_router_topk"] - 1, None]
+    shares = torch.where(probs >= least, probs, 0.0)
+    if not model.get("moe_router_pre_softmax", False):
+        shares = shares / shares.sum(-1, keepdim=True)
+    outputs = []
+    for expert in range(model["num_moe_experts"]):
+        start = f"mlp.experts.experts.{expert}."
+        own = {"mlp." + name.removeprefix(start): weight for name, weight in weights.items() if name.startswith(start)}
+        outputs.append(shares[:, expert, None] * _mlp(x, own, model))
+    return torch.stack(outputs).sum(0)
 
 
 def _mlp(x: Tensor, weights: Weights, model: Mapping[str, Any]) -> Tensor:

@@ -21,6 +21,7 @@ PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 SP: dict[str, Any] = {"sequence_parallel": True}
 CP2: dict[str, Any] = {"context_parallel_size": 2}
 VPP2: dict[str, Any] = {"virtual_pipeline_model_parallel_size": 2}
+EP2: dict[str, Any] = {"expert_model_parallel_size": 2}
 DISTRIBUTED_OPTIMIZER: dict[str, Any] = {"use_distributed_optimizer": True}
 
 

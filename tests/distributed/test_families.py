@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hf_examples import CONFIGS, VOCAB_SIZE, random_model, save_random_model
+from hf_examples import CONFIGS, VOCAB_SIZE, named_as_in_files, random_model, save_random_model
 from parity import relative_gap
 from rank_pool import RankPool
 
 TOLERANCE = 1e-5
 LENGTHS = (40, 23, 9)
+NUM_TARGETS = sum(LENGTHS) - len(LENGTHS)
 ONE_RANK_IS_ENOUGH = {"llama-untied", "llama-tied", "llama-biases", "llama-linear", "gpt2-untied-relu"}
 FAMILIES = tuple(name for name in CONFIGS if name not in ONE_RANK_IS_ENOUGH)
 
@@ -27,6 +28,16 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
     "cp2-packed": (2, {"context_parallel_size": 2}, True),
 }
 """Ranks, parallel section, packed."""
+EP2: dict[str, Any] = {"expert_model_parallel_size": 2}
+MIXTURE_LAYOUTS: dict[str, tuple[int, dict[str, Any], bool]] = {
+    "ep2": (2, EP2, False),
+    "ep2-packed": (2, EP2, True),
+    "ep2-allgather": (2, {**EP2, "moe_token_dispatcher_type": "allgather"}, False),
+    "ep2-tp2-sp-packed": (4, {**EP2, "tensor_model_parallel_size": 2, "sequence_parallel": True}, True),
+    "ep2-pp2": (4, {**EP2, "pipeline_model_parallel_size": 2}, False),
+    "ep2-cp2": (2, {**EP2, "context_parallel_size": 2}, False),
+}
+MIXTURES = ("mixtral", "qwen3-moe", "olmoe")
 
 
 def sequences() -> list[np.ndarray]:
@@ -47,31 +58,43 @@ def expected(folders: Mapping[str, Path]) -> dict[str, torch.Tensor]:
     return {name: torch.cat(transformers_logprobs(folder, sequences())) for name, folder in folders.items()}
 
 
-def microbatch_of(multiple: int, *, packed: bool) -> Any:
-    """All sequences, padded or packed, every token a response of its own: scores are then log-probs of tokens."""
+def microbatch_of(multiple: int, *, packed: bool, dp_rank: int = 0, dp_size: int = 1) -> Any:
+    """A rank's sequences, padded or packed, every token a response of its own: scores are then log-probs of tokens."""
     from megatron_groupdpo.types import Microbatch
 
-    padded = [-(-length // multiple) * multiple for length in LENGTHS]
+    own = list(range(len(LENGTHS)))[dp_rank::dp_size]
+    padded = [-(-LENGTHS[i] // multiple) * multiple for i in own]
     starts = np.concatenate([[0], np.cumsum(padded)])
-    rows, columns = (1, int(starts[-1])) if packed else (len(LENGTHS), max(padded))
+    # Padded microbatches have one shape on all ranks, as the planner's have where the layout asks for it.
+    longest = -(-max(LENGTHS) // multiple) * multiple
+    rows, columns = (1, int(starts[-1])) if packed else (-(-len(LENGTHS) // dp_size), longest)
     tokens_BS, positions_BS = np.zeros((rows, columns), np.int64), np.zeros((rows, columns), np.int64)
-    hidden, targets = [], []
-    for i, tokens in enumerate(sequences()):
+    hidden, targets, responses = [], [], []
+    first_target = np.concatenate([[0], np.cumsum(np.array(LENGTHS) - 1)])
+    for i, tokens in enumerate(sequences()[s] for s in own):
         row, start = (0, int(starts[i])) if packed else (i, 0)
         tokens_BS[row, start : start + len(tokens)] = tokens
         positions_BS[row, start : start + len(tokens)] = np.arange(len(tokens))
         hidden.append((start + np.arange(len(tokens) - 1)) * rows + row)
         targets.append(tokens[1:])
-    num_targets = sum(LENGTHS) - len(LENGTHS)
+        responses.append(np.arange(first_target[own[i]], first_target[own[i] + 1]))
     return Microbatch(
         tokens_BS=torch.from_numpy(tokens_BS),
         position_ids_BS=torch.from_numpy(positions_BS),
         hidden_positions_T=torch.from_numpy(np.concatenate(hidden)),
         targets_T=torch.from_numpy(np.concatenate(targets)),
-        owners_T=torch.arange(num_targets),
-        responses_r=torch.arange(num_targets),
+        owners_T=torch.arange(sum(map(len, targets))),
+        responses_r=torch.from_numpy(np.concatenate(responses)),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)) if packed else None,
     )
+
+
+def own_microbatch(ranks: Any, *, packed: bool) -> Any:
+    from megatron_groupdpo.data.microbatches import context_shard
+
+    dp, cp = ranks.dp_group, ranks.cp_group
+    microbatch = microbatch_of(4, packed=packed, dp_rank=dp.rank(), dp_size=dp.size())
+    return context_shard(microbatch, cp.rank(), cp.size()) if cp.size() > 1 else microbatch
 
 
 def logprobs_on_rank(folders: Mapping[str, Path], layout: Mapping[str, Any], packed: bool) -> dict[str, Any]:
@@ -79,37 +102,35 @@ def logprobs_on_rank(folders: Mapping[str, Path], layout: Mapping[str, Any], pac
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
     from megatron_groupdpo.convert.hf_model import open_hf_model
     from megatron_groupdpo.convert.weights import load_hf_weights
-    from megatron_groupdpo.data.microbatches import context_shard
     from megatron_groupdpo.mcore.policy import build_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
 
     parallel = ParallelConfig(device="cpu", **layout)
     try:
         ranks = initialize(parallel, seed=0)
-        microbatch = microbatch_of(4, packed=packed)
-        num_targets = len(microbatch.targets_T)
-        if ranks.cp_group.size() > 1:
-            microbatch = context_shard(microbatch, ranks.cp_group.rank(), ranks.cp_group.size())
+        microbatch = own_microbatch(ranks, packed=packed)
         found: dict[str, Any] = {}
         for name, folder in folders.items():
             model = open_hf_model(folder).model
             policy = build_policy(model, parallel, PrecisionConfig(), ranks, seed=0, training=False)
             load_hf_weights(folder, policy)
-            scores = policy.engine.score([microbatch], num_targets)
+            scores = policy.engine.score([microbatch], NUM_TARGETS)
             found[name] = None if scores is None else scores.cpu()
         return found
     finally:
         shut_down()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *MIXTURE_LAYOUTS])
 def test_log_probs_are_those_of_transformers_on_every_layout(
     pool: RankPool, folders: Mapping[str, Path], expected: Mapping[str, torch.Tensor], layout: str
 ):
-    num_ranks, parallel, packed = LAYOUTS[layout]
-    answers = pool.run(num_ranks, logprobs_on_rank, folders, parallel, packed)
+    num_ranks, parallel, packed = (LAYOUTS | MIXTURE_LAYOUTS)[layout]
+    chosen = {name: folders[name] for name in (FAMILIES if layout in LAYOUTS else MIXTURES)}
+    answers = pool.run(num_ranks, logprobs_on_rank, chosen, parallel, packed)
     gaps = {}
-    for name, theirs in expected.items():
+    for name in chosen:
+        theirs = expected[name]
         assert float(theirs.max() - theirs.min()) > 1, "a model that says nothing would agree with anything"
         (ours, *others) = [answer[name] for answer in answers if answer[name] is not None]
         assert all(torch.equal(ours, other) for other in others)
@@ -133,9 +154,8 @@ def gradients_on_rank(
     parallel = ParallelConfig(device="cpu", **layout)
     try:
         ranks = initialize(parallel, seed=0)
-        microbatch = microbatch_of(4, packed=packed)
-        num_targets = len(microbatch.targets_T)
-        weights_T = token_weights(num_targets)
+        microbatch = own_microbatch(ranks, packed=packed)
+        weights_T = token_weights(NUM_TARGETS)
 
         def weighted_sum(responses_r: torch.Tensor, logps_r: torch.Tensor) -> torch.Tensor:
             return (weights_T[responses_r] * logps_r).sum()
@@ -146,7 +166,7 @@ def gradients_on_rank(
             policy = build_policy(model, parallel, PrecisionConfig(), ranks, seed=0, training=True)
             load_hf_weights(folder, policy)
             optimizer: Any = build_optimizer(policy.chunks, OptimizerConfig(lr=1e-3), parallel, PrecisionConfig())
-            policy.engine.backward([microbatch], num_targets, weighted_sum if ranks.is_last_stage else None)
+            policy.engine.backward([microbatch], NUM_TARGETS, weighted_sum if ranks.is_last_stage else None)
             with gradients_in_place_of_weights(policy):
                 shards[name] = collect(policy)
             norms[name] = float(optimizer.step()[1])
@@ -161,27 +181,38 @@ def token_weights(count: int) -> torch.Tensor:
 
 def gradients_of_transformers(name: str) -> dict[str, torch.Tensor]:
     model = random_model(name).double()
-    weights = iter(token_weights(sum(LENGTHS) - len(LENGTHS)).split([length - 1 for length in LENGTHS]))
+    weights = iter(token_weights(NUM_TARGETS).split([length - 1 for length in LENGTHS]))
     for tokens in sequences():
         logits_SV = model(input_ids=torch.from_numpy(tokens)[None], use_cache=False).logits[0]
         logps = logits_SV[:-1].double().log_softmax(-1).gather(1, torch.from_numpy(tokens)[1:, None])[:, 0]
         (next(weights) * logps).sum().backward()
-    return {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+    return named_as_in_files(gradients, model.config.model_type)
 
 
-GRADIENT_FAMILIES = ("qwen3", "olmo2", "gemma3")
+DENSE = ("qwen3", "olmo2", "gemma3")
+MIXED = ("qwen3-moe", "olmoe")
 
 
-@pytest.mark.parametrize("layout", ["packed", "tp2", "tp2-sp-packed", "pp2"])
-def test_gradients_are_those_of_transformers(pool: RankPool, folders: Mapping[str, Path], layout: str):
+@pytest.mark.parametrize(
+    ("layout", "names"),
+    [
+        *((layout, (*DENSE, *MIXED)) for layout in ("packed", "tp2-sp-packed", "pp2")),
+        ("tp2", DENSE),
+        *((layout, MIXED) for layout in ("ep2", "ep2-tp2-sp-packed", "ep2-pp2", "ep2-cp2")),
+    ],
+)
+def test_gradients_are_those_of_transformers(
+    pool: RankPool, folders: Mapping[str, Path], layout: str, names: tuple[str, ...]
+):
     from layout_run import whole_tensors
 
     from megatron_groupdpo.convert.hf_model import open_hf_model
 
-    num_ranks, parallel, packed = LAYOUTS[layout]
-    chosen = {name: folders[name] for name in GRADIENT_FAMILIES}
+    num_ranks, parallel, packed = (LAYOUTS | MIXTURE_LAYOUTS)[layout]
+    chosen = {name: folders[name] for name in names}
     answers = pool.run(num_ranks, gradients_on_rank, chosen, parallel, packed)
-    for name in GRADIENT_FAMILIES:
+    for name in names:
         theirs = gradients_of_transformers(name)
         wanted = {
             key if layer is None else f"{key}#{layer}": pair.merge([theirs[part] for part in pair.hf])

@@ -33,7 +33,8 @@ GEMMA = {
     "scale_embeddings": True,
     "softmax_scale": 0.2,
 }
-MODELS = {"llama": {}, "gpt": GPT, "olmo3": OLMO3, "gemma3": GEMMA}
+MIXTURE = {"num_moe_experts": 4, "moe_layer_freq": (1, 0, 1, 1)}
+MODELS = {"llama": {}, "gpt": GPT, "olmo3": OLMO3, "gemma3": GEMMA, "mixture": MIXTURE}
 
 
 def tiny_policy(layout: dict[str, int], model: dict[str, Any]) -> Any:
@@ -121,16 +122,17 @@ def test_an_answer_ends_with_the_end_token_or_at_the_limit(pool: RankPool):
     assert all(end or len(answer) == 60 for end, answer in zip(ended, answers))
 
 
-def refusal_on_rank(layout: dict[str, int], max_new_tokens: int) -> str:
+def refusal_on_rank(layout: dict[str, int], max_new_tokens: int, model: dict[str, Any] | None = None) -> str:
     from megatron_groupdpo.errors import ConfigError
 
     try:
-        sample_on_rank(layout, {}, [3], {"max_new_tokens": max_new_tokens})
+        sample_on_rank(layout, model or {}, [3], {"max_new_tokens": max_new_tokens})
     except ConfigError as error:
         return str(error)
     raise AssertionError("it sampled")
 
 
-def test_sampling_refuses_pipeline_stages_and_too_long_answers(pool: RankPool):
+def test_sampling_refuses_pipeline_stages_shared_experts_and_too_long_answers(pool: RankPool):
     assert "pipeline" in pool.run(2, refusal_on_rank, {"pipeline_model_parallel_size": 2}, 4)[0]
+    assert "expert_model" in pool.run(2, refusal_on_rank, {"expert_model_parallel_size": 2}, 4, MIXTURE)[0]
     assert "max_position_embeddings" in pool.run(1, refusal_on_rank, {}, 500)[0]

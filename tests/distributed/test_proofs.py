@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import CP2, DISTRIBUTED_OPTIMIZER, PP2, SP, TP2, VPP2
+from parity import CP2, DISTRIBUTED_OPTIMIZER, EP2, PP2, SP, TP2, VPP2
 from rank_pool import RankPool
 from tiny_run import (
     TinyData,
@@ -27,6 +27,7 @@ Layout = tuple[int, dict[str, Any]]
 OVERLAP: dict[str, Any] = {"overlap_grad_reduce": True}
 PACKED: dict[str, Any] = {"micro_batch_size": None, "max_tokens_per_microbatch": 128}
 SEPARABLE: dict[str, Any] = {"objective": "group_bce"}
+MIXTURE: dict[str, Any] = {"num_moe_experts": 4, "moe_ffn_hidden_size": 16}
 NO_WARMUP: dict[str, Any] = {"optimizer": {"lr_warmup_iters": 0}}
 SFT: dict[str, Any] = {"objective": "sft", "beta": 0.1, "reference": "none", "reference_logprobs": None}
 FP32 = 1e-5
@@ -133,6 +134,35 @@ def test_the_norm_counts_every_element_of_the_model_once(pool: RankPool, config_
         (found,) = re.findall(r"\|\|one graph\|\| (\S+) = \S+, two passes (\S+),", output)
         norms += map(float, found)
     assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
+
+
+def test_the_norm_counts_every_element_of_a_mixture_once(pool: RankPool, config_file: ConfigFile):
+    """Experts have other replicas than the rest; each run also verifies its gradient."""
+    norms = []
+    for num_ranks, parallel in (
+        (1, {}),
+        (2, EP2 | DISTRIBUTED_OPTIMIZER),
+        (4, EP2 | DISTRIBUTED_OPTIMIZER | OVERLAP),
+        (4, TP2 | SP | EP2),
+        (4, PP2 | EP2),
+    ):
+        training = {"train_iters": 1, "verify_gradients": 1}
+        config = config_file(model=MIXTURE, parallel=parallel, training=training, **NO_WARMUP)
+        output = "".join(pool.run(num_ranks, output_on_rank, ["--config", str(config)]))
+        (found,) = re.findall(r"\|\|one graph\|\| (\S+) = \S+, two passes (\S+),", output)
+        norms += map(float, found)
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
+
+
+def test_one_bit_of_one_expert_stops_every_rank(pool: RankPool, config_file: ConfigFile):
+    """Ranks 1 and 3 hold the same experts, 0 and 2 the others."""
+    config = config_file(
+        model=MIXTURE, parallel=EP2, training={"check_weight_hash_across_dp_replicas_interval": 2, "train_iters": 2}
+    )
+    answers = pool.run(4, refusal_on_rank, ["--config", str(config)], "a flipped bit of an expert on rank 3")
+    assert len(set(answers)) == 1, "every rank must stop with the same message"
+    expert = r"decoder\.layers\.1\.mlp\.experts\.local_experts\.3\.linear_fc2\.weight"
+    assert re.search(rf"{expert}: \w+ on rank 1; \w+ on rank 3\.", answers[0][1]), answers[0][1]
 
 
 def test_bf16_has_a_tolerance_of_its_own_and_a_lost_response_is_out_of_it(

@@ -26,6 +26,8 @@ CP2_PACKED: tuple[int, Flags] = (
     2,
     ("--context-parallel-size", "2", "--max-tokens-per-microbatch", "128", "--micro-batch-size", "null"),
 )
+EP2_SHARDED: tuple[int, Flags] = (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"))
+MIXTURE = ("--num-moe-experts", "4", "--moe-ffn-hidden-size", "16")
 TP2_DP2_SHARDED: tuple[int, Flags] = (4, (*TP2[1], "--use-distributed-optimizer"))
 
 
@@ -94,6 +96,17 @@ def test_resuming_on_another_layout_gives_the_same_losses(
     train(first, tmp_path / "parts", "--train-iters", "3", "--lr-decay-iters", "6")
     _, resumed_lines = train(second, tmp_path / "parts")
     for name in ("loss", "preference_loss", "nll_loss", "grad_norm", "rewards/margins", "lr", "consumed_groups"):
+        wanted = [line[name] for line in lines]
+        assert [line[name] for line in resumed_lines] == pytest.approx(wanted, rel=1e-5), name
+
+
+def test_a_mixture_resumes_where_its_experts_are_shared_out_otherwise(train, tmp_path: Path):
+    """Weights and optimizer state; its gradient is verified on the way, experts shared out and whole."""
+    verified = (*MIXTURE, "--verify-gradients", "1")
+    _, lines = train(EP2_SHARDED, tmp_path / "whole", *verified)
+    train(EP2_SHARDED, tmp_path / "parts", *MIXTURE, "--train-iters", "3", "--lr-decay-iters", "6")
+    _, resumed_lines = train(ONE_SHARDED, tmp_path / "parts", *verified)
+    for name in ("loss", "grad_norm", "lr"):
         wanted = [line[name] for line in lines]
         assert [line[name] for line in resumed_lines] == pytest.approx(wanted, rel=1e-5), name
 

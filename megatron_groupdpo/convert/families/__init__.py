@@ -11,15 +11,20 @@ from megatron_groupdpo.convert.families.gemma3 import GEMMA3
 from megatron_groupdpo.convert.families.gpt2 import GPT2
 from megatron_groupdpo.convert.families.llama import LLAMA
 from megatron_groupdpo.convert.families.mistral import MISTRAL
+from megatron_groupdpo.convert.families.mixtral import MIXTRAL
 from megatron_groupdpo.convert.families.olmo2 import OLMO2
 from megatron_groupdpo.convert.families.olmo3 import OLMO3
+from megatron_groupdpo.convert.families.olmoe import OLMOE
 from megatron_groupdpo.convert.families.qwen2 import QWEN2
 from megatron_groupdpo.convert.families.qwen3 import QWEN3
+from megatron_groupdpo.convert.families.qwen3_moe import QWEN3_MOE
 from megatron_groupdpo.errors import ConfigError
 
 __all__ = ["FAMILIES", "Family", "HfConfig", "Rule", "family_for_export", "family_named", "family_of_config"]
 
-FAMILIES: tuple[Family, ...] = (LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GEMMA3, GPT2)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA, QWEN2, QWEN3, MISTRAL, OLMO2, OLMO3, GEMMA3, GPT2, MIXTRAL, QWEN3_MOE, OLMOE,
+)  # fmt: skip
 """On export the first that can express the model is taken."""
 
 

@@ -20,7 +20,7 @@ class Rule:
     """Where Hugging Face keeps one Megatron tensor."""
 
     hf: tuple[str, ...]
-    """Tensor names, ``{layer}`` standing for the layer's number."""
+    """Tensor names, ``{layer}`` standing for the layer's number and ``{expert}`` for the expert's."""
     transform: Transform = COPY
 
 
@@ -73,7 +73,7 @@ _SIZES = frozenset(
         "max_position_embeddings", "norm_epsilon", "vocab_size",
     }
 )  # fmt: skip
-_NOT_COMPUTED = frozenset({"make_vocab_size_divisible_by", "init_method_std", "transformer_impl"})
+_NOT_COMPUTED = frozenset({"make_vocab_size_divisible_by", "init_method_std", "transformer_impl", "moe_router_dtype"})
 
 
 def require_model(model: ModelConfig, family: str, *, expressed: tuple[str, ...], **values: Any) -> None:

@@ -170,3 +170,14 @@ def window_config(model: ModelConfig) -> dict[str, Any]:
         "sliding_window": model.window_size[0] + 1 if model.window_size else None,
         "layer_types": [SLIDING if with_window else FULL for with_window in windowed],
     }
+
+
+def one_window_fields(config: HfConfig) -> dict[str, Any]:
+    """The same of a family whose layers all have the window of ``sliding_window``, or none."""
+    kind = FULL if config["sliding_window"] is None else SLIDING
+    return window_fields({**config, "layer_types": [kind] * config["num_hidden_layers"]})
+
+
+def one_window_config(model: ModelConfig) -> dict[str, Any]:
+    """``sliding_window`` of such a model."""
+    return {"sliding_window": window_config(model)["sliding_window"]}

@@ -10,21 +10,17 @@ from megatron_groupdpo.convert.families.decoder import (
     decoder_config,
     decoder_family,
     decoder_fields,
-    window_config,
-    window_fields,
+    one_window_config,
+    one_window_fields,
 )
-from megatron_groupdpo.convert.families.rope import FULL, SLIDING
 
 
 def _to_model(config: HfConfig) -> ModelConfig:
-    kind = FULL if config["sliding_window"] is None else SLIDING
-    layers = {**config, "layer_types": [kind] * config["num_hidden_layers"]}
-    return ModelConfig(**decoder_fields(config), **window_fields(layers))
+    return ModelConfig(**decoder_fields(config), **one_window_fields(config))
 
 
 def _to_hf(model: ModelConfig) -> dict[str, Any]:
-    config = decoder_config(model, "mistral", expressed=("window_size",))
-    return config | {"sliding_window": window_config(model)["sliding_window"]}
+    return decoder_config(model, "mistral", expressed=("window_size",)) | one_window_config(model)
 
 
 MISTRAL = decoder_family(

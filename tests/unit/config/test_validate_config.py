@@ -209,7 +209,6 @@ UNBUILT = {
         "virtual_pipeline_model_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
     },
-    "parallel.expert_model_parallel_size": {"expert_model_parallel_size": 2},
     "precision.fp8_param_gather": {
         "fp8_param_gather": True,
         "fp8_format": "hybrid",

@@ -1,10 +1,11 @@
-"""The models of the GroupDPO paper at full size: their configurations are understood and every tensor has a place.
+"""The models of the GroupDPO paper, and one of each mixture, at full size: every tensor has a place.
 
 The values are those of Qwen/Qwen3-4B, allenai/Olmo-3-7B-Instruct, allenai/Olmo-3.1-32B-Instruct and
 google/gemma-3-4b-it on the Hugging Face hub, compared on 2026-11-21 with what others publish of them: Ai2's Molmo
 code (its model configurations OLMO3_7B_INSTRUCT and QWEN3_4B), Tenstorrent's and others' notes on Olmo-3.1-32B (RoPE,
-window, sizes), simaai/gemma-3-4b-it-a16w4's devkit/vlm_config.json. The files themselves could not be fetched. Fields
-that do not matter are left out.
+window, sizes), simaai/gemma-3-4b-it-a16w4's devkit/vlm_config.json. The files themselves could not be fetched. Those of
+mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B and allenai/OLMoE-1B-7B-0924 are written from memory. Fields that do not
+matter are left out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import tensors_of
+from hf_examples import named_as_in_files
 from safetensors.torch import save_file
 
 from megatron_groupdpo.convert.families import family_of_config
@@ -85,6 +87,79 @@ FULL: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 64,
         "num_key_value_heads": 8,
     },
+    "mixtral-8x7b": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_experts_per_tok": 2,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "olmoe-1b-7b": {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "attention_bias": False,
+        "clip_qkv": None,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 1024,
+        "max_position_embeddings": 4096,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 16,
+        "num_key_value_heads": 16,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 50304,
+    },
     "gemma-3-4b": {
         "architectures": ["Gemma3ForConditionalGeneration"],
         "model_type": "gemma3",
@@ -112,6 +187,16 @@ WANTED: dict[str, dict[str, Any]] = {
         "rotary_base_local": 500000,
     },
     "olmo-3.1-32b": {"num_query_groups": 8, "kv_channels": 128, "qk_layernorm_across_heads": True},
+    "mixtral-8x7b": {"num_moe_experts": 8, "moe_ffn_hidden_size": 14336, "moe_router_pre_softmax": False},
+    "qwen3-30b-a3b": {
+        "num_moe_experts": 128,
+        "moe_router_topk": 8,
+        "moe_ffn_hidden_size": 768,
+        "moe_router_pre_softmax": False,
+        "moe_layer_freq": (),
+        "kv_channels": 128,
+    },
+    "olmoe-1b-7b": {"num_moe_experts": 64, "moe_router_pre_softmax": True, "qk_layernorm_across_heads": True},
     "gemma-3-4b": {
         "norm_position": "sandwich",
         "num_query_groups": 4,
@@ -129,7 +214,7 @@ WANTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_the_papers_models_map_every_tensor_of_transformers_at_full_size(name: str):
+def test_full_size_models_map_every_tensor_of_transformers(name: str):
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     config = FULL[name]
@@ -139,7 +224,8 @@ def test_the_papers_models_map_every_tensor_of_transformers_at_full_size(name: s
     assert {field: getattr(model, field) for field in WANTED[name]} == WANTED[name]
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family.model_type].from_dict(inner))
-    shapes = {key: tuple(parameter.shape) for key, parameter in theirs.named_parameters()}
+    in_files = named_as_in_files(dict(theirs.named_parameters()), family.model_type)
+    shapes = {key: tuple(parameter.shape) for key, parameter in in_files.items()}
     mapped = {key: shape for pair in conversion_plan(family, model).values() for key, shape in pair.hf.items()}
     assert mapped == shapes
     back = model_of_config(family, {**family.to_hf(model), "model_type": family.model_type})

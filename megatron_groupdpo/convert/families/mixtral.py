@@ -1,0 +1,44 @@
+"""Mixtral: Mistral with experts in every layer, weighed by a softmax over those that a token goes to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_groupdpo.config import ModelConfig
+from megatron_groupdpo.convert.families.base import HfConfig, require
+from megatron_groupdpo.convert.families.decoder import (
+    RULES,
+    decoder_config,
+    decoder_family,
+    decoder_fields,
+    one_window_config,
+    one_window_fields,
+)
+from megatron_groupdpo.convert.families.mixture import EXPERTS, expert_rules, mixture_config, mixture_fields
+
+
+def _to_model(config: HfConfig) -> ModelConfig:
+    require(config, "router_jitter_noise", 0.0)
+    experts = mixture_fields(config, width="intermediate_size", normalized=True)
+    return ModelConfig(**decoder_fields(config), **one_window_fields(config), **experts)
+
+
+def _to_hf(model: ModelConfig) -> dict[str, Any]:
+    config = decoder_config(model, "mixtral", expressed=("window_size", *EXPERTS))
+    return (
+        config
+        | one_window_config(model)
+        | mixture_config(model, "mixtral")
+        | {"intermediate_size": model.moe_ffn_hidden_size}
+    )
+
+
+MIXTRAL = decoder_family(
+    name="mixtral",
+    architecture="MixtralForCausalLM",
+    model_type="mixtral",
+    rules={**RULES, **expert_rules("block_sparse_moe", gate="w1", up="w3", down="w2")},
+    to_model=_to_model,
+    to_hf=_to_hf,
+    reads=("sliding_window",),
+)
