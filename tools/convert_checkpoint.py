@@ -219,7 +219,7 @@ def _export(args: argparse.Namespace) -> None:
     )
     tokenizer = "with its tokenizer" if report.has_tokenizer else "without a tokenizer (give one with --tokenizer)"
     print(
-        f"{report.family.architecture} exported to {report.folder} ({_name(report.dtype)}, {report.num_bytes:,} bytes "
+        f"{report.architecture} exported to {report.folder} ({_name(report.dtype)}, {report.num_bytes:,} bytes "
         f"in {report.num_files} file{'s' * (report.num_files > 1)}, {tokenizer})"
     )
 

@@ -51,7 +51,7 @@ class ExportReport:
     """What was made."""
 
     folder: Path
-    family: Family
+    architecture: str
     dtype: torch.dtype
     num_files: int
     num_bytes: int
@@ -211,7 +211,7 @@ def _write_folder(
         num_files, num_bytes = write_shards(folder, shapes, hf_tensors(bar), dtype=dtype, max_shard_size=max_shard_size)
     return ExportReport(
         folder=output,
-        family=form.family,
+        architecture=form.family.architecture,
         dtype=dtype,
         num_files=num_files,
         num_bytes=num_bytes,

@@ -7,6 +7,7 @@ on the first n of them, with the environment torchrun would give it.
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import socket
@@ -36,7 +37,7 @@ class RankPool:
         self._pipes: list[Connection] = []
         self._logs = Path(tempfile.mkdtemp(prefix="groupdpo-ranks-"))
 
-    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
         """``function(*args)`` on every rank; the results in order of rank.
 
         ``function`` is a top-level function of an importable module. After a failure all processes are ended, and
@@ -151,6 +152,9 @@ def _serve(pipe: Connection, log: str, path: Sequence[str]) -> None:
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
+        # Models and process groups refer to each other in circles: uncollected, each job leaves hundreds of threads.
+        gc.collect()
+        gc.freeze()  # what is left are modules: not looked at again
         sys.stdout.flush()
         with contextlib.suppress(BrokenPipeError):  # given up on, and about to be killed
             pipe.send(answer)
