@@ -22,6 +22,19 @@ from rank_pool import RankPool
 from megatron_groupdpo.objectives import OBJECTIVES
 
 TOLERANCE = 1e-5
+SOME = ("one rank", "TP2", "TP4", "TP2 SP", "PP2", "PP2 VPP2", "DP2", "CP2", "TP2 PP2", "TP2 CP2 SP", "PP2 CP2")
+
+
+def slow(*values: str) -> Any:
+    """A case of `make test-slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+PAIRS = [
+    (model, objective) if model == DENSE[0] or objective == "softmax" else slow(model, objective)
+    for model in DENSE
+    for objective in OBJECTIVES
+]
 
 
 def check_gradient(pool: RankPool, case: LayoutCase) -> None:
@@ -54,8 +67,7 @@ def check_losses(results: list[RankResult], graph: OneGraphLoss) -> None:
         assert losses["drift"] <= 1e-5
 
 
-@pytest.mark.parametrize("model", DENSE)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("model", "objective"), PAIRS)
 def test_two_pass_gradient_equals_coupled_one_graph_gradient(pool: RankPool, model: str, objective: str):
     check_gradient(pool, LayoutCase(model=model, loss={"objective": objective}))
 
@@ -79,7 +91,7 @@ def test_a_separable_objective_has_its_gradient_from_the_second_pass_alone(pool:
     check_gradient(pool, LayoutCase(loss={"objective": objective, "one_sided_nll": objective == "nca"}))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name if name in SOME else slow(name) for name in LAYOUTS])
 def test_gradient_of_a_model_with_biases_and_learned_positions(pool: RankPool, layout: str):
     """The matrix of ``test_layout_invariance.py`` runs the other one."""
     check_gradient(pool, LayoutCase(**on(layout), model="gpt"))
@@ -97,7 +109,7 @@ def test_gradient_of_a_model_with_an_output_layer_of_its_own(pool: RankPool, lay
 
 @pytest.mark.parametrize("layout", ["one rank", "TP2 SP", "PP2 VPP2", "DP2", "PP2 CP2"])
 @pytest.mark.parametrize("max_tokens", [None, 100], ids=["padded", "packed"])
-@pytest.mark.parametrize("objective", ["all_pairs", "nca"])
+@pytest.mark.parametrize("objective", ["all_pairs", slow("nca")])
 def test_the_coupled_backward_that_checks_and_benchmarks_use_has_the_gradient(
     pool: RankPool, layout: str, max_tokens: int | None, objective: str
 ):
