@@ -24,7 +24,7 @@ check: setup  ## Format, lint and types
 	$(VENV)/pyright
 
 test: setup check  ## check, then the unit tests and the multi-rank CPU tests
-	$(TEST_ENV) $(VENV)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(TEST_ENV) $(VENV)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
 
 invariance: setup  ## The layout-invariance matrix as a table (ARGS=--full for every combination)
 	@OMP_NUM_THREADS=1 $(VENV)/python tests/distributed/matrix.py $(ARGS)
