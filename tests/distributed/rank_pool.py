@@ -154,7 +154,6 @@ def _serve(pipe: Connection, log: str, path: Sequence[str]) -> None:
             answer = (False, traceback.format_exc())
         # Models and process groups refer to each other in circles: uncollected, each job leaves hundreds of threads.
         gc.collect()
-        gc.freeze()  # what is left are modules: not looked at again
         sys.stdout.flush()
         with contextlib.suppress(BrokenPipeError):  # given up on, and about to be killed
             pipe.send(answer)
