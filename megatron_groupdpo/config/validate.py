@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -17,6 +16,7 @@ from megatron_groupdpo.config.derived import (
 )
 from megatron_groupdpo.config.export_rules import export_problems
 from megatron_groupdpo.config.fp8 import fp8_problems, kernel_problems, length_multiple
+from megatron_groupdpo.config.idle_fields import idle_problems
 from megatron_groupdpo.config.mixture import mixture_problems
 from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
@@ -49,7 +49,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *_checkpoint_problems(config),
             *speed_problems(config),
             *export_problems(config.checkpoint),
-            *_idle_fields(config),
+            *idle_problems(config),
             *_not_yet_problems(config),
         ]
     if len(problems) > 1:
@@ -294,149 +294,6 @@ def _checkpoint_problems(config: TrainConfig) -> Iterator[str]:
         for name in ("finetune", "no_load_optim", "exit_on_missing_checkpoint"):
             if getattr(checkpoint, name):
                 yield f"{name} acts on load, which is not given; give load, or remove {name}."
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Idle:
-    """Fields that act on nothing under a condition: set to other than their default, they are refused there."""
-
-    fields: tuple[str, ...]
-    when: Callable[[TrainConfig], bool]
-    because: str
-
-
-_IDLE = (
-    _Idle(
-        fields=(
-            "model.rotary_base",
-            "model.rotary_percent",
-            "model.rotary_base_local",
-            "model.rope_scaling_type",
-        ),
-        when=lambda c: c.model.position_embedding_type != "rope",
-        because="position_embedding_type is not rope",
-    ),
-    _Idle(
-        fields=("model.rotary_base_local",),
-        when=lambda c: not c.model.window_size,
-        because="there is no window_size",
-    ),
-    _Idle(
-        fields=("model.rope_scaling_factor",),
-        when=lambda c: c.model.rope_scaling_type is None,
-        because="there is no rope_scaling_type",
-    ),
-    _Idle(
-        fields=("model.rope_scaling_original_length",),
-        when=lambda c: c.model.rope_scaling_type not in ("llama3", "yarn"),
-        because="rope_scaling_type is neither llama3 nor yarn",
-    ),
-    _Idle(
-        fields=("model.rope_scaling_low_freq_factor", "model.rope_scaling_high_freq_factor"),
-        when=lambda c: c.model.rope_scaling_type != "llama3",
-        because="rope_scaling_type is not llama3",
-    ),
-    _Idle(
-        fields=(
-            "model.rope_scaling_beta_fast",
-            "model.rope_scaling_beta_slow",
-            "model.rope_scaling_attention_factor",
-        ),
-        when=lambda c: c.model.rope_scaling_type != "yarn",
-        because="rope_scaling_type is not yarn",
-    ),
-    _Idle(
-        fields=("model.qk_layernorm_across_heads",),
-        when=lambda c: not c.model.qk_layernorm,
-        because="qk_layernorm is off",
-    ),
-    _Idle(
-        fields=("model.window_attn_skip_freq",),
-        when=lambda c: not c.model.window_size,
-        because="there is no window_size",
-    ),
-    _Idle(fields=("model.gated_linear_unit",), when=lambda c: c.model.swiglu, because="swiglu is gated already"),
-    _Idle(fields=("model.activation",), when=lambda c: c.model.swiglu, because="swiglu uses silu"),
-    _Idle(
-        fields=("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps"),
-        when=lambda c: c.optimizer.optimizer != "adam",
-        because="optimizer is not adam",
-    ),
-    _Idle(
-        fields=("optimizer.sgd_momentum",),
-        when=lambda c: c.optimizer.optimizer != "sgd",
-        because="optimizer is not sgd",
-    ),
-    _Idle(
-        fields=("optimizer.min_lr", "optimizer.lr_decay_iters"),
-        when=lambda c: c.optimizer.lr_decay_style == "constant",
-        because="lr_decay_style is constant",
-    ),
-    _Idle(
-        fields=("objective.nll_average", "objective.one_sided_nll"),
-        when=lambda c: c.objective.nll_coeff == 0,
-        because="nll_coeff is 0",
-    ),
-    _Idle(
-        fields=("objective.beta", "objective.score_average", "objective.one_sided_nll"),
-        when=lambda c: c.objective.objective == "sft",
-        because="objective 'sft' has no preference term",
-    ),
-    _Idle(
-        fields=("objective.reference_logprobs", "objective.reference_probe_groups"),
-        when=lambda c: c.objective.reference != "cached",
-        because="reference is not cached",
-    ),
-    _Idle(
-        fields=("objective.reference_offload",),
-        when=lambda c: c.objective.reference != "resident",
-        because="reference is not resident",
-    ),
-    _Idle(
-        fields=("precision.first_last_layers_bf16", "precision.fp8_param_gather"),
-        when=lambda c: c.precision.fp8_format is None,
-        because="fp8_format is not set",
-    ),
-    _Idle(
-        fields=("precision.num_layers_at_start_in_bf16", "precision.num_layers_at_end_in_bf16"),
-        when=lambda c: not c.precision.first_last_layers_bf16,
-        because="first_last_layers_bf16 is off",
-    ),
-    _Idle(
-        fields=("precision.fp8_margin", "precision.fp8_amax_history_len", "precision.fp8_amax_compute_algo"),
-        when=lambda c: c.precision.fp8_recipe != "delayed",
-        because="fp8_recipe is not delayed",
-    ),
-    _Idle(
-        fields=("precision.apply_rope_fusion",),
-        when=lambda c: c.model.position_embedding_type != "rope",
-        because="position_embedding_type is not rope",
-    ),
-    _Idle(
-        fields=("training.gradient_tolerance",),
-        when=lambda c: c.training.verify_gradients == 0,
-        because="verify_gradients is 0",
-    ),
-    _Idle(
-        fields=("logging.profile_step_start", "logging.profile_step_end"),
-        when=lambda c: not c.logging.profile,
-        because="profile is off",
-    ),
-    _Idle(
-        fields=("training.score_drift_threshold",),
-        when=lambda c: get_objective(c.objective.objective).separable,
-        because="a separable objective has no scoring pass to drift from",
-    ),
-)
-
-
-def _idle_fields(config: TrainConfig) -> Iterator[str]:
-    defaults = {f"{option.section}.{option.name}": option.default for option in options(TrainConfig)}
-    for idle in _IDLE:
-        if idle.when(config):
-            for field in idle.fields:
-                if (value := attrgetter(field)(config)) != defaults[field]:
-                    yield f"{field.split('.')[1]} ({value}) would act on nothing: {idle.because}; remove it."
 
 
 def _not_yet_problems(config: TrainConfig) -> Iterator[str]:

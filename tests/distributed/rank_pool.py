@@ -47,6 +47,7 @@ class RankPool:
             RanksFailed: with the traceback of every rank that raised.
         """
         assert 1 <= num_ranks <= self.size
+        self._fail_if_dead()
         if not self._processes:
             self._start()
         port = free_port()
@@ -75,6 +76,18 @@ class RankPool:
                 process.kill()
                 process.join()
         self._processes, self._pipes = [], []
+
+    def _fail_if_dead(self) -> None:
+        """Say who died between two jobs: the job at hand fails with that, and the next one starts new processes."""
+        dead = [
+            f"rank {rank} (exit code {process.exitcode})"
+            for rank, process in enumerate(self._processes)
+            if not process.is_alive()
+        ]
+        if dead:
+            output = self._log_tails(self.size)
+            self.close()
+            raise RanksFailed("\n".join([f"died since the last job: {', '.join(dead)}", output]))
 
     def _start(self) -> None:
         # spawn: a forked process would inherit this one's threads in an undefined state. Not daemonic: saving a

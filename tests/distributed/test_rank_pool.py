@@ -44,3 +44,12 @@ def test_a_failure_ends_all_ranks_with_the_remote_traceback_and_the_next_job_run
         own_pool.run(1, troubles.sleep, timeout=1)
     assert time.monotonic() - started < 60
     assert own_pool.run(2, troubles.environment, "WORLD_SIZE") == ["2", "2"]
+
+
+def test_a_rank_that_dies_between_two_jobs_fails_the_next_job_alone(own_pool: RankPool):
+    own_pool.run(2, troubles.environment, "RANK")
+    own_pool._processes[0].kill()
+    own_pool._processes[0].join()
+    with pytest.raises(RanksFailed, match=r"died since the last job: rank 0 \(exit code -9\)"):
+        own_pool.run(2, troubles.environment, "RANK")
+    assert own_pool.run(2, troubles.environment, "RANK") == ["0", "1"]
