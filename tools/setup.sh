@@ -5,7 +5,7 @@
 #   PYTHON=/path/to/python3.13 tools/setup.sh this Python (default: see find_python.sh)
 #
 # `.venv/.installed` says what was installed: this folder, the interpreter, the extras, and a digest of
-# pyproject.toml and the constraints. It is removed before an install and written after; an install that
+# pyproject.toml and requirements/. It is removed before an install and written after; an install that
 # was killed leaves `.venv/.installing` behind, and then everything is made anew.
 set -eu
 cd "$(dirname "$0")/.."
@@ -19,7 +19,7 @@ identity() {
 }
 wanted() {
     printf '%s\n%s\n%s\n' "$root" "$(identity .venv/bin/python)" "$extras"
-    cat pyproject.toml requirements/constraints.txt | cksum
+    cat pyproject.toml requirements/*.txt | cksum
 }
 # pip answers last when an environment is made, and with its path: an environment moved or copied from
 # another folder answers with the other one.
@@ -51,6 +51,15 @@ if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input \
     rm -f .venv/.installing  # pip failed by itself, and puts back what it had replaced
     exit 1
 fi
+case ",$extras," in *,dev,*)
+    # With --target pip looks at nothing that is installed, and a folder that is there would keep old files.
+    rm -rf .venv/transformer_engine_python
+    if ! .venv/bin/python -m pip install --disable-pip-version-check --no-input --no-deps \
+        --target .venv/transformer_engine_python -r requirements/transformer_engine_python.txt; then
+        rm -f .venv/.installing
+        exit 1
+    fi ;;
+esac
 .venv/bin/python -c 'import torch, megatron_groupdpo'
 rm -f .venv/.installing
 wanted > "$stamp.part"

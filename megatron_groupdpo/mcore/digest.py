@@ -19,8 +19,11 @@ from megatron_groupdpo.mcore.setup import Ranks
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _ELEMENTS_AT_A_TIME = 1 << 22
-_EXPERTS = "mlp.experts.local_experts."
-_LAYER_AND_EXPERT = re.compile(rf"decoder\.layers\.(?P<layer>\d+)\.({re.escape(_EXPERTS)}(?P<expert>\d+)\.)?")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(
+    r"mlp\.experts\.(local_experts\.(?P<one>\d+)\.(?P<rest>.+)|(?P<linear>linear_fc[12])\.weight(?P<grouped>\d+))"
+)
+"""Of a layer: experts as modules, and as weights of a grouped product, which are then named like the former."""
 
 
 def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.device) -> str:
@@ -94,15 +97,17 @@ def parameter_names(chunk: Any) -> dict[str, Tensor]:
     layers = chunk.decoder.layers
 
     def whole_name(name: str) -> str:
-        found = _LAYER_AND_EXPERT.match(name)
+        found = _LAYER.match(name)
         if found is None:
             return name
-        layer, expert = layers[int(found["layer"])], found["expert"]
+        layer, rest = layers[int(found[1])], name[found.end() :]
         # Megatron counts the layers of the whole model from 1.
         start = f"decoder.layers.{layer.layer_number - 1}."
-        if expert is not None:
-            start += f"{_EXPERTS}{layer.mlp.local_expert_indices[int(expert)]}."
-        return start + name[found.end() :]
+        expert = _EXPERT.fullmatch(rest)
+        if expert is None:
+            return start + rest
+        number = layer.mlp.local_expert_indices[int(expert["one"] or expert["grouped"])]
+        return f"{start}mlp.experts.local_experts.{number}.{expert['rest'] or expert['linear'] + '.weight'}"
 
     return {whole_name(name): parameter for name, parameter in chunk.named_parameters()}
 

@@ -103,8 +103,9 @@ def activate() -> None:
         setattr(torch, name, _on_host(getattr(torch, name)))
     _patch_tensor_methods()
     _patch_rng_tracker()
-    _patch_token_counts()
+    _patch_mixtures()
     _patch_uneven_collectives()
+    _patch_fused_optimizers()
     # Megatron decorates its pointwise kernels with torch.compile, which on a host would call a C++ compiler.
     torch.compiler.set_stance("force_eager")
 
@@ -145,14 +146,15 @@ def _patch_rng_tracker() -> None:
     megatron_random._set_cuda_rng_state = set_state
 
 
-def _patch_token_counts() -> None:
-    from megatron.core.transformer.moe import token_dispatcher
+def _patch_mixtures() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         # Megatron's leaves a tensor that is on the host as it is, and the all-to-all takes no tensors as sizes.
         return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
 
     token_dispatcher.maybe_move_tensor_to_cpu = on_host
+    moe_utils.te_general_gemm = None  # Transformer Engine's product, which the router takes where it is installed
 
 
 def _patch_uneven_collectives() -> None:
@@ -180,3 +182,23 @@ def _patch_uneven_collectives() -> None:
 
     mappings._gather_along_first_dim = gather
     mappings._reduce_scatter_along_first_dim = reduce_scatter
+
+
+def _patch_fused_optimizers() -> None:
+    """torch's optimizers and Megatron's own clipping, also where Transformer Engine or Apex brought CUDA kernels."""
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.optimizer import optimizer as optimizer_file
+
+    vars(optimizer).update(Adam=torch.optim.AdamW, SGD=torch.optim.SGD, USING_PYTORCH_OPTIMIZER=True)
+    vars(distrib_optimizer).update(
+        Adam=torch.optim.Adam, HAVE_APEX_OR_TE=False, USING_TE_OPTIMIZER=False, USING_APEX_OPTIMIZER=False
+    )
+    apply, scale = utils.local_multi_tensor_applier, utils.local_multi_tensor_scale
+    vars(optimizer_file).update(multi_tensor_applier=apply, multi_tensor_scale_impl=scale)
+    vars(clip_grads).update(
+        multi_tensor_applier=apply,
+        multi_tensor_scale_impl=scale,
+        l2_norm_impl=utils.local_multi_tensor_l2_norm,
+        multi_tensor_scale_tensor_impl=None,
+    )

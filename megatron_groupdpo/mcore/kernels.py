@@ -54,8 +54,6 @@ def _why_local(
     problem = te_fp8.transformer_engine_problem()
     if problem is not None:
         return problem
-    if model.num_moe_experts is not None:
-        return f"mixtures of experts (num_moe_experts {model.num_moe_experts}) are built of local layers only"
     if model.window_size and context_parallel_size > 1 and precision.attention_backend != "local":
         return f"its attention has no {_WINDOW.format(context_parallel_size)}"
     return None

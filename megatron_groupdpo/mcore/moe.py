@@ -1,4 +1,4 @@
-"""Mixtures of experts in the local layer spec: Megatron's experts, one after the other, and a router of our own.
+"""Mixtures of experts: Megatron's experts, one after the other or in grouped products, and a router of our own.
 
 The router does what ``transformers`` does, and nothing else: no balancing loss, no counts, no capacity. So both passes
 route alike, a token's experts depend on the token alone, and padding changes nothing.
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -67,6 +68,12 @@ def mixture_mlp(num_experts: int) -> Any:
     mlp: Any = get_gpt_layer_local_submodules(num_experts=num_experts, moe_grouped_gemm=False).mlp
     parts = dataclasses.replace(mlp.keywords["submodules"], router=SoftmaxRouter, shared_experts=None)
     return partial(mlp, submodules=parts)
+
+
+def grouped_mixture_mlp(column: Any, row: Any) -> Any:
+    """The same, with the experts of a rank in one product of ``column`` and one of ``row``, Transformer Engine's."""
+    experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
+    return partial(MoELayer, submodules=MoESubmodules(router=SoftmaxRouter, experts=experts, shared_experts=None))
 
 
 def mark_experts(chunk: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ ours, as in the local spec. Tensors are named as in the local spec, so that a ch
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +21,16 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.mcore.attention import SdpaAttention, layer_window
 from megatron_groupdpo.mcore.layer import PostNormLayer
+from megatron_groupdpo.mcore.moe import grouped_mixture_mlp
 from megatron_groupdpo.mcore.norm import AcrossHeadsRMSNorm
 from megatron_groupdpo.mcore.rotary import TwoRopeSelfAttention, score_factor
 
@@ -44,6 +50,9 @@ class LayerParts:
     row: Any
     core_attention: Any
     norm: Any
+    grouped_column: Any = None
+    """Of all experts on a rank, a column-parallel linear layer each; only mixtures ask for it."""
+    grouped_row: Any = None
 
 
 def transformer_engine_parts() -> LayerParts:
@@ -56,6 +65,8 @@ def transformer_engine_parts() -> LayerParts:
         row=te.TERowParallelLinear,
         core_attention=te.TEDotProductAttention,
         norm=te.TENorm,
+        grouped_column=te.TEColumnParallelGroupedLinear,
+        grouped_row=te.TERowParallelGroupedLinear,
     )
 
 
@@ -97,11 +108,20 @@ def fused_layer_spec(
         mlp_bda=add,
         sharded_state_dict_keys_map={} if model.norm_position == "post" else dict(_NAMES),
     )
-    layer = ModuleSpec(
-        module=TransformerLayer if model.norm_position == "pre" else PostNormLayer, submodules=submodules
-    )
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=parts.norm)
+    layer_class = TransformerLayer if model.norm_position == "pre" else PostNormLayer
+    dense = mixture = ModuleSpec(module=layer_class, submodules=submodules)
+    if model.num_moe_experts is not None:
+        with_experts = dataclasses.replace(
+            submodules,
+            mlp=grouped_mixture_mlp(parts.grouped_column, parts.grouped_row),
+            # The router reads what the experts read, so their norm is a module of its own.
+            pre_mlp_layernorm=IdentityOp if model.norm_position == "post" else parts.norm,
+        )
+        mixture = ModuleSpec(module=layer_class, submodules=with_experts)
+    first = get_transformer_layer_offset(config, vp_stage) + 1
+    numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
+    layers = [mixture if model.has_experts(number) else dense for number in numbers]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=parts.norm)
 
 
 def _head_norm(model: ModelConfig, parts: LayerParts, num_heads: Any) -> Any:

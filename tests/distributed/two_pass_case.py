@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,13 +43,13 @@ MODEL: dict[str, Any] = {
 LOSS = LossOptions(
     objective="all_pairs", beta=0.1, score_average=False, nll_coeff=0.1, nll_average="response", one_sided_nll=False
 )
-_ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
+ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 
 
 @contextmanager
 def one_rank(device: str) -> Iterator[Ranks]:
     """Megatron's groups for one process; attention backends may be chosen anew afterwards."""
-    for name in _ATTENTION:
+    for name in ATTENTION_VARIABLES:
         os.environ.pop(name, None)
     ranks = initialize(ParallelConfig(device=device), seed=1)  # type: ignore[arg-type]
     try:
@@ -119,6 +120,10 @@ class Runner:
             name.replace("linear_qkv.layer_norm_", "norm_in.").replace("linear_fc1.layer_norm_", "norm_mlp."): parameter
             for name, parameter in self.policy.chunks[0].named_parameters()
         }
+        for name in list(named):  # experts of a grouped product, named as modules of their own
+            if (found := re.search(r"experts\.(linear_fc[12])\.weight(\d+)$", name)) is not None:
+                own = f"experts.local_experts.{found[2]}.{found[1]}.weight"
+                named[name[: found.start()] + own] = named.pop(name)
         aliases = {"input_layernorm.": "self_attention.norm_in.", "pre_mlp_layernorm.": "mlp.norm_mlp."}
         for name in list(named):
             for local, fused in aliases.items():
@@ -148,10 +153,17 @@ def packed_against_padded(device: str, precision: Mapping[str, Any], transformer
         return {"logp_gap": float(((packed_R - padded_R).abs() / tokens_R).max()), "cosine": cosine, "gap": gap}
 
 
-def contract(device: str, precision: Mapping[str, Any], *, num_steps: int = 3) -> dict[str, Any]:
+def contract(
+    device: str,
+    precision: Mapping[str, Any],
+    *,
+    model: Mapping[str, Any] | None = None,
+    packed: bool = False,
+    num_steps: int = 3,
+) -> dict[str, Any]:
     """Drift of several steps with updates, and the two passes' gradient against the one graph's after them."""
     with one_rank(device) as ranks:
-        runner = Runner(Case(model={}, precision=precision), ranks)
+        runner = Runner(Case(model=model or {}, precision=precision, packed=packed), ranks)
         drifts = []
         for _ in range(num_steps):
             drifts.append(runner.step().score_drift)
@@ -162,6 +174,7 @@ def contract(device: str, precision: Mapping[str, Any], *, num_steps: int = 3) -
         again = runner.passes()  # the passes in between left no trace
         return {
             "drifts": drifts,
+            "logps": decoupled_outcome.logps_R.tolist(),
             "cosine": cosine,
             "gap": gap,
             "repeats": bool(torch.equal(decoupled_outcome.logps_R, again.logps_R)),

@@ -1,0 +1,104 @@
+"""Transformer Engine's own Python with PyTorch for kernels (te_runtime.py).
+
+Its layers are the local ones, and the FP8 contract holds over its real autocast, modules and scaling state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import te_runtime
+from layout_case import LayoutCase
+from layout_run import whole_tensors
+from matrix import LAYOUTS, MIXTURE_LAYOUTS
+from parity import expected_of, relative_gap
+from rank_pool import RankPool
+
+FAMILIES = ["gpt2", "llama", "qwen3", "mistral", "olmo2", "olmo3", "gemma3", "mixtral", "qwen3-moe", "olmoe"]
+
+
+@pytest.fixture(scope="module")
+def te_pool() -> Iterator[RankPool]:
+    """Ranks of their own: what stands in for kernels stays in a process."""
+    if (problem := te_runtime.problem()) is not None:
+        pytest.skip(problem)
+    ranks = RankPool(4)
+    yield ranks
+    ranks.close()
+
+
+def one(pool: RankPool, function: str, *args: Any) -> Any:
+    (result,) = pool.run(1, te_runtime.call, "te_case", function, *args)
+    return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_its_layers_are_the_local_ones(te_pool: RankPool, family: str):
+    for packed in (False, True):
+        gap = one(te_pool, "both_specs", family, packed)
+        assert gap["logps"] < 2e-5, packed
+        assert gap["gradient"] < 5e-6, packed
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("llama", "one rank"),
+        ("llama", "TP2 SP"),
+        ("llama", "PP2 VPP2"),
+        ("llama", "TP2 PP2"),
+        ("gpt", "TP2"),
+        ("gpt", "DP2 distopt"),
+        ("mixture", "EP2"),
+        ("mixture", "TP2 EP2 SP"),
+    ],
+)
+def test_its_gradient_is_the_one_graphs_on_every_layout(te_pool: RankPool, pool: RankPool, model: str, layout: str):
+    num_ranks, parallel = (LAYOUTS | MIXTURE_LAYOUTS)[layout]
+    case = LayoutCase(num_ranks=num_ranks, parallel=parallel, model=model)
+    results = te_pool.run(case.num_ranks, te_runtime.call, "te_case", "layout", case)
+    _, gradient = expected_of(pool, model, case.num_groups, json.dumps(case.loss_options))
+    found = whole_tensors([r.gradient for r in results], replicas_agree_to=1e-6)
+    assert relative_gap(found, gradient) <= 1e-5
+
+
+FP8 = [("hybrid", "delayed"), ("e4m3", "delayed"), ("hybrid", "tensorwise"), ("e4m3", "tensorwise")]
+
+
+def fp8(format_: str, recipe: str) -> dict[str, Any]:
+    return {"bf16": True, "fp8_format": format_, "fp8_recipe": recipe}
+
+
+@pytest.mark.parametrize(("format_", "recipe"), FP8)
+def test_both_passes_see_one_function(te_pool: RankPool, format_: str, recipe: str):
+    check_contract(one(te_pool, "contract", fp8(format_, recipe)), recipe)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_experts_keep_the_contract(te_pool: RankPool, recipe: str):
+    """Their tokens are padded expert by expert, and an expert may have none."""
+    check_contract(one(te_pool, "contract", fp8("hybrid", recipe), "mixtral", True), recipe)
+
+
+def check_contract(result: dict[str, Any], recipe: str) -> None:
+    assert max(result["drifts"]) == 0.0, result
+    assert result["repeats"], "passes outside a step left a trace"
+    assert result["repeats_gradient"] == 0.0
+    # A frozen scale acts on each element alone; a tensor's own maximum depends on which responses share a microbatch.
+    assert result["cosine"] > (0.999 if recipe == "delayed" else 0.97), result
+
+
+def test_delayed_scaling_left_to_itself_drifts(te_pool: RankPool):
+    result = one(te_pool, "contract_without_holding", fp8("hybrid", "delayed"))
+    assert max(result["drifts"]) > 1e-3, result
+    check_contract(one(te_pool, "contract", fp8("hybrid", "delayed")), "delayed")
+
+
+def test_weights_that_are_not_made_anew_would_be_seen(te_pool: RankPool):
+    """Passes of another kind, or before an update, made them."""
+    fresh = one(te_pool, "contract", fp8("hybrid", "tensorwise"))
+    stale = one(te_pool, "contract_with_stale_weights", fp8("hybrid", "tensorwise"))
+    assert stale["logps"] != fresh["logps"]
