@@ -83,11 +83,15 @@ def linear_sizes(model: ModelConfig, parallel: ParallelConfig) -> dict[str, int]
     head = model.kv_channels or model.hidden_size // heads
     groups = model.num_query_groups or heads
     ffn = model.ffn_hidden_size or 4 * model.hidden_size
+    experts = {}
+    if model.num_moe_experts is not None:
+        experts["moe_ffn_hidden_size"] = (model.moe_ffn_hidden_size or ffn) // tp
     return {
         "hidden_size": model.hidden_size,
         "queries, keys and values together": (heads // tp + 2 * max(1, groups // tp)) * head,
         "the attention's output": heads // tp * head,
         "ffn_hidden_size": ffn // tp,
+        **experts,
     }
 
 

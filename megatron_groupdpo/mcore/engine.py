@@ -40,6 +40,21 @@ def _finalize_without_rescaling(model: list[Any], _num_tokens: Any = None, **kwa
     finalize_model_grads(model, None, **kwargs)
 
 
+@contextlib.contextmanager
+def _nothing_kept_to_recompute(config: TransformerConfig) -> Iterator[None]:
+    """A pass that has no backward.
+
+    Transformer Engine's checkpointing keeps the scales of each forward in a queue, with or without gradients, and its
+    backward takes the oldest (``pytorch/quantization.py``, ``copy_forward_fp8_meta_tensors_for_recompute``): what a
+    scoring pass left there would be what a later backward recomputes with.
+    """
+    kept, config.recompute_granularity = config.recompute_granularity, None
+    try:
+        yield
+    finally:
+        config.recompute_granularity = kept
+
+
 class MegatronEngine:
     """Implements :class:`megatron_groupdpo.engine.Engine` on this rank's model chunks."""
 
@@ -118,7 +133,11 @@ class MegatronEngine:
             microbatch = next(iterator)
             return self._forward(chunk, microbatch), lambda output, **kw: loss_of(microbatch, output, **kw)
 
-        with contextlib.nullcontext() if self.scaling is None else self.scaling.one_pass():
+        with contextlib.ExitStack() as around:
+            if self.scaling is not None:
+                around.enter_context(self.scaling.one_pass())
+            if forward_only:
+                around.enter_context(_nothing_kept_to_recompute(self.config))
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],

@@ -190,13 +190,13 @@ def _patch_fused_optimizers() -> None:
     from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.optimizer import optimizer as optimizer_file
 
-    vars(optimizer).update(Adam=torch.optim.AdamW, SGD=torch.optim.SGD, USING_PYTORCH_OPTIMIZER=True)
-    vars(distrib_optimizer).update(
+    optimizer.__dict__.update(Adam=torch.optim.AdamW, SGD=torch.optim.SGD, USING_PYTORCH_OPTIMIZER=True)
+    distrib_optimizer.__dict__.update(
         Adam=torch.optim.Adam, HAVE_APEX_OR_TE=False, USING_TE_OPTIMIZER=False, USING_APEX_OPTIMIZER=False
     )
     apply, scale = utils.local_multi_tensor_applier, utils.local_multi_tensor_scale
-    vars(optimizer_file).update(multi_tensor_applier=apply, multi_tensor_scale_impl=scale)
-    vars(clip_grads).update(
+    optimizer_file.__dict__.update(multi_tensor_applier=apply, multi_tensor_scale_impl=scale)
+    clip_grads.__dict__.update(
         multi_tensor_applier=apply,
         multi_tensor_scale_impl=scale,
         l2_norm_impl=utils.local_multi_tensor_l2_norm,

@@ -46,6 +46,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"window_attn_skip_freq": (2,), "rotary_base": 50000, "rotary_base_local": 10000, "scale_embeddings": True},
 }
 
+_EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": FAMILIES["mistral"] | _EXPERTS,
+    "qwen3-moe": FAMILIES["qwen3"] | _EXPERTS | {"moe_layer_freq": (1, 0, 1, 1), "moe_router_pre_softmax": True},
+    "olmoe": FAMILIES["llama"] | _EXPERTS | {"qk_layernorm": True, "qk_layernorm_across_heads": True},
+}
+"""Of these there are no stand-ins for Transformer Engine's grouped layers here; ``te_case.py`` has the real ones."""
+
 
 class NormColumn(ColumnParallelLinear):
     """A norm, then a column-parallel linear layer; the norm's parameters are the layer's own."""
@@ -75,6 +83,16 @@ class NormColumn(ColumnParallelLinear):
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"] if metadata else None,
         )
+
+
+def sized(family: str) -> dict[str, Any]:
+    """A family's model in sizes that FP8 takes."""
+    from two_pass_case import MODEL
+
+    plain = {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True}
+    sizes = {name: MODEL[name] for name in ("hidden_size", "ffn_hidden_size", "kv_channels")}
+    experts = {"moe_ffn_hidden_size": 128} if "num_moe_experts" in (FAMILIES | MIXTURES)[family] else {}
+    return plain | (FAMILIES | MIXTURES)[family] | sizes | experts
 
 
 def local_parts(model: ModelConfig) -> LayerParts:

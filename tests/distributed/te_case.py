@@ -6,25 +6,22 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import two_pass_case
-from fused_layers import FAMILIES
+from fused_layers import sized
 from layout_case import LayoutCase
 from layout_run import RankResult, run_case
 from megatron.core.transformer.module import MegatronModule
-from two_pass_case import MODEL, Case, Runner, agreement, one_rank
+from two_pass_case import Case, Runner, agreement, one_rank
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.mcore import kernels, te_fp8
+from megatron_groupdpo.mcore import host_device, kernels, te_fp8
+from megatron_groupdpo.mcore.checkpoint import Progress, load_training, save_checkpoint
+from megatron_groupdpo.mcore.optimizer import optimizer_origin
 
-_EXPERTS = {"num_moe_experts": 4, "moe_router_topk": 2}
-ALL: dict[str, dict[str, Any]] = FAMILIES | {
-    "mixtral": FAMILIES["mistral"] | _EXPERTS,
-    "qwen3-moe": FAMILIES["qwen3"] | _EXPERTS | {"moe_layer_freq": (1, 0, 1, 1), "moe_router_pre_softmax": True},
-    "olmoe": FAMILIES["llama"] | _EXPERTS | {"qk_layernorm": True, "qk_layernorm_across_heads": True},
-}
 UNFUSED = {"attention_backend": "unfused"}
 """Its attention that is written in PyTorch."""
 
@@ -42,14 +39,6 @@ def layers_allowed_on_a_cpu() -> Iterator[None]:
         yield
     finally:
         kernels._why_local = plain
-
-
-def sized(family: str) -> dict[str, Any]:
-    """A family's model in sizes that FP8 takes."""
-    plain = {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True}
-    sizes = {name: MODEL[name] for name in ("hidden_size", "ffn_hidden_size", "kv_channels")}
-    experts = {"moe_ffn_hidden_size": 128} if "num_moe_experts" in ALL[family] else {}
-    return plain | ALL[family] | sizes | experts
 
 
 def both_specs(family: str, packed: bool) -> dict[str, float]:
@@ -77,11 +66,16 @@ def layout(case: LayoutCase) -> RankResult:
         return run_case(dataclasses.replace(case, precision=UNFUSED | dict(case.precision)))
 
 
-def contract(precision: Mapping[str, Any], family: str | None = None, packed: bool = False) -> dict[str, Any]:
+def contract(
+    precision: Mapping[str, Any],
+    family: str | None = None,
+    packed: bool = False,
+    parallel: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The two passes with FP8, as the GPU tests make them."""
     with layers_allowed_on_a_cpu():
         model = {} if family is None else sized(family)
-        return two_pass_case.contract("cpu", UNFUSED | dict(precision), model=model, packed=packed)
+        return two_pass_case.contract("cpu", UNFUSED | dict(precision), model=model, packed=packed, parallel=parallel)
 
 
 def contract_without_holding(precision: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,3 +103,58 @@ def contract_with_stale_weights(precision: Mapping[str, Any]) -> dict[str, Any]:
         return contract(precision)
     finally:
         state.forget_weights, module.set_is_first_microbatch = kept  # type: ignore[method-assign]
+
+
+def resume(precision: Mapping[str, Any], folder: str, sharded: bool) -> dict[str, Any]:
+    """Three steps, and two saved with a third after a load: the last log-probabilities, and the weights after them."""
+    with layers_allowed_on_a_cpu(), its_optimizer():
+        case = Case(model={}, precision=UNFUSED | dict(precision), parallel={"use_distributed_optimizer": sharded})
+        whole = _steps(case, 3, load=None, save=None)
+        _steps(case, 2, load=None, save=Path(folder))
+        return {"whole": whole, "resumed": _steps(case, 1, load=Path(folder), save=None)}
+
+
+def _steps(case: Case, num_steps: int, *, load: Path | None, save: Path | None) -> dict[str, Any]:
+    with one_rank("cpu") as ranks:
+        runner = Runner(case, ranks)
+        policy, updater = runner.policy, runner.updater
+        if load is not None:
+            load_training(
+                load / "iter_0000000", policy.chunks, updater.optimizer, updater.schedule, model=policy.identity
+            )
+        for _ in range(num_steps):
+            outcome = runner.step()
+            updater.step(runner.batch.num_groups)
+        if save is not None:
+            save_checkpoint(
+                save,
+                policy.chunks,
+                progress=Progress(),
+                model=policy.identity,
+                config={},
+                optimizer=updater.optimizer,
+                schedule=updater.schedule,
+            )
+        return {
+            "logps": outcome.logps_R.tolist(),
+            "digest": policy.weights_digest(),
+            "optimizer": optimizer_origin(updater.optimizer),
+        }
+
+
+@contextmanager
+def its_optimizer() -> Iterator[None]:
+    """Its Adam in place of torch's, which a run on the CPU takes."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+    from transformer_engine.pytorch.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
+
+    host_device.activate()
+    kept = [(file, dict(vars(file))) for file in (optimizer, distrib_optimizer)]
+    vars(optimizer).update(Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False)
+    vars(distrib_optimizer).update(Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True)
+    try:
+        yield
+    finally:
+        for file, names in kept:
+            vars(file).update(names)

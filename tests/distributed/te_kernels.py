@@ -280,3 +280,26 @@ def fused_multi_row_unpadding(padded: Tensor, rows: Tensor, padded_sizes: list[i
     """And back."""
     for part, into in zip(padded.split(padded_sizes), rows.split(sizes), strict=True):
         into.copy_(part[: len(into)])
+
+
+def multi_tensor_adam(
+    chunk_size: int,
+    noop: Tensor,
+    lists: list[list[Tensor]],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    mode: int,
+    bias_correction: int,
+    weight_decay: float,
+) -> None:
+    """Adam (mode 0: decay in the gradient; 1: decoupled), in place; lists of gradients, parameters and moments."""
+    correction1, correction2 = (1 - beta1**step, 1 - beta2**step) if bias_correction else (1.0, 1.0)
+    for gradient, parameter, first, second in zip(*lists[:4], strict=True):
+        g = gradient.float() if mode else gradient.float() + weight_decay * parameter
+        first.lerp_(g, 1 - beta1)
+        second.lerp_(g * g, 1 - beta2)
+        update = (first / correction1) / ((second / correction2).sqrt() + eps)
+        parameter.sub_(lr * (update + weight_decay * parameter if mode else update))

@@ -103,22 +103,26 @@ def _compiled_part() -> ModuleType:
 
 def _pretend_a_device(torch: Any) -> None:
     """Answers for what the package asks of CUDA before it calls a kernel."""
+    from transformer_engine.pytorch import distributed  # pyright: ignore[reportMissingImports]
     from transformer_engine.pytorch.cpp_extensions import gemm  # pyright: ignore[reportMissingImports]
     from transformer_engine.pytorch.module import base  # pyright: ignore[reportMissingImports]
 
-    class WithDevice:
-        """``torch``, for a module that asks whether there is a device."""
+    class But:
+        """A module, but for some names."""
 
-        cuda = SimpleNamespace(**{**vars(torch.cuda), "is_available": lambda: True})
+        def __init__(self, module: Any, **names: Any) -> None:
+            self.__dict__.update(names, _module=module)
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
+            return getattr(self._module, name)
 
-    base.torch = WithDevice()
+    base.torch = But(torch, cuda=But(torch.cuda, is_available=lambda: True))
     device = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=1 << 37)
     torch.cuda.get_device_properties = lambda *_: device
     torch.cuda.get_device_capability = lambda *_: (device.major, device.minor)
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.Tensor.is_cuda = property(lambda _tensor: True)
+    distributed._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     workspace = functools.cache(lambda: torch.empty(1, dtype=torch.uint8))
     gemm.get_cublas_workspace = lambda _device, _ub, grouped: [workspace()] if grouped else workspace()

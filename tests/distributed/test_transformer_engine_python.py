@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,33 @@ def test_both_passes_see_one_function(te_pool: RankPool, format_: str, recipe: s
     check_contract(one(te_pool, "contract", fp8(format_, recipe)), recipe)
 
 
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+@pytest.mark.parametrize(
+    "options",
+    [FULL, {"recompute_granularity": "selective"}, {"gradient_accumulation_fusion": True}],
+    ids=["recomputed", "attention recomputed", "gradients accumulated by the products"],
+)
+def test_options_keep_the_contract(te_pool: RankPool, recipe: str, options: dict[str, Any]):
+    check_contract(one(te_pool, "contract", fp8("hybrid", recipe) | options), recipe)
+
+
+def test_first_and_last_layers_in_bf16_keep_the_contract(te_pool: RankPool):
+    options = {"first_last_layers_bf16": True}
+    check_contract(one(te_pool, "contract", fp8("hybrid", "tensorwise") | options), "tensorwise")
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_tensor_parallel_ranks_keep_the_contract(te_pool: RankPool, recipe: str):
+    """Maxima are those of all ranks, so that the ranks scale alike."""
+    arguments = (fp8("hybrid", recipe), None, False, {"tensor_model_parallel_size": 2, "sequence_parallel": True})
+    results = te_pool.run(2, te_runtime.call, "te_case", "contract", *arguments)
+    for result in results:
+        check_contract(result, recipe)
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_experts_keep_the_contract(te_pool: RankPool, recipe: str):
     """Their tokens are padded expert by expert, and an expert may have none."""
@@ -102,3 +130,14 @@ def test_weights_that_are_not_made_anew_would_be_seen(te_pool: RankPool):
     fresh = one(te_pool, "contract", fp8("hybrid", "tensorwise"))
     stale = one(te_pool, "contract_with_stale_weights", fp8("hybrid", "tensorwise"))
     assert stale["logps"] != fresh["logps"]
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "distributed-optimizer"])
+@pytest.mark.parametrize("precision", [{"bf16": True}, fp8("hybrid", "delayed")], ids=["bf16", "delayed"])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(
+    te_pool: RankPool, tmp_path: Path, precision: dict[str, Any], sharded: bool
+):
+    """Bit by bit, with its own Adam, and the scales that the layers keep."""
+    result = one(te_pool, "resume", precision, str(tmp_path), sharded)
+    assert result["whole"]["optimizer"] == "Transformer Engine's FusedAdam"
+    assert result["resumed"] == result["whole"]

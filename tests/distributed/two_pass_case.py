@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,11 +47,11 @@ ATTENTION_VARIABLES = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"
 
 
 @contextmanager
-def one_rank(device: str) -> Iterator[Ranks]:
-    """Megatron's groups for one process; attention backends may be chosen anew afterwards."""
+def one_rank(device: str, **parallel: Any) -> Iterator[Ranks]:
+    """Megatron's groups, by default for one process; attention backends may be chosen anew afterwards."""
     for name in ATTENTION_VARIABLES:
         os.environ.pop(name, None)
-    ranks = initialize(ParallelConfig(device=device), seed=1)  # type: ignore[arg-type]
+    ranks = initialize(ParallelConfig(device=device, **parallel), seed=1)  # type: ignore[arg-type]
     try:
         yield ranks
     finally:
@@ -67,6 +67,7 @@ class Case:
     transformer_impl: str = "auto"
     packed: bool = False
     micro_batch_size: int = 3
+    parallel: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Runner:
@@ -76,7 +77,7 @@ class Runner:
         from group_samples import make_samples, reference_logps
 
         self.case = case
-        parallel, precision = ParallelConfig(), PrecisionConfig(**case.precision)
+        parallel, precision = ParallelConfig(**case.parallel), PrecisionConfig(**case.precision)
         model = ModelConfig(**MODEL | dict(case.model), transformer_impl=case.transformer_impl)  # type: ignore[arg-type]
         self.policy: Policy = build_policy(model, parallel, precision, ranks, seed=7, training=True)
         self.engine = self.policy.engine
@@ -159,11 +160,13 @@ def contract(
     *,
     model: Mapping[str, Any] | None = None,
     packed: bool = False,
+    parallel: Mapping[str, Any] | None = None,
     num_steps: int = 3,
 ) -> dict[str, Any]:
     """Drift of several steps with updates, and the two passes' gradient against the one graph's after them."""
-    with one_rank(device) as ranks:
-        runner = Runner(Case(model=model or {}, precision=precision, packed=packed), ranks)
+    parallel = parallel or {}
+    with one_rank(device, **parallel) as ranks:
+        runner = Runner(Case(model=model or {}, precision=precision, packed=packed, parallel=parallel), ranks)
         drifts = []
         for _ in range(num_steps):
             drifts.append(runner.step().score_drift)

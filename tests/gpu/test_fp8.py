@@ -35,6 +35,29 @@ def test_both_passes_see_one_function(transformer_engine: None, format_: str, re
     assert result["cosine"] > (0.99 if recipe == "delayed" else 0.95)
 
 
+@pytest.mark.parametrize(("format_", "recipe"), RECIPES)
+def test_experts_keep_the_contract(transformer_engine: None, format_: str, recipe: str):
+    from fused_layers import sized
+    from two_pass_case import contract
+
+    skip_where_refused(recipe)
+    result = contract("cuda", precision(format_, recipe), model=sized("mixtral"), packed=True)
+    print(f"{recipe}: {result}")
+    assert max(result["drifts"]) == 0.0
+
+
+@pytest.mark.parametrize(("format_", "recipe"), RECIPES)
+def test_recomputed_layers_keep_the_contract(transformer_engine: None, format_: str, recipe: str):
+    from two_pass_case import contract
+
+    skip_where_refused(recipe)
+    whole = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    result = contract("cuda", precision(format_, recipe, **whole))
+    print(f"{recipe}: {result}")
+    assert max(result["drifts"]) == 0.0
+    assert result["cosine"] > (0.99 if recipe == "delayed" else 0.95)
+
+
 def test_delayed_scaling_left_to_itself_would_drift(transformer_engine: None, monkeypatch: pytest.MonkeyPatch):
     """The contract's test can fail: without holding, the scales move between the microbatches of pass 2."""
     from two_pass_case import contract

@@ -10,15 +10,16 @@ import pytest
 LOGP_GAP, GRADIENT_GAP = 2e-2, 5e-2
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mistral", "olmo2", "olmo3", "gemma3"])
+FAMILIES = ["gpt2", "llama", "qwen3", "mistral", "olmo2", "olmo3", "gemma3", "mixtral", "qwen3-moe", "olmoe"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("packed", [False, True])
 def test_its_layers_are_the_local_ones(transformer_engine: None, family: str, packed: bool):
-    from fused_layers import FAMILIES
-    from two_pass_case import MODEL, Case, Runner, agreement, one_rank
+    from fused_layers import sized
+    from two_pass_case import Case, Runner, agreement, one_rank
 
-    plain = {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True}
-    sizes = {name: MODEL[name] for name in ("hidden_size", "ffn_hidden_size", "kv_channels")}
-    model = plain | FAMILIES[family] | sizes
+    model = sized(family)
     results = []
     for impl in ("local", "transformer_engine"):
         with one_rank("cuda") as ranks:

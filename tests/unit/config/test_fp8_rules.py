@@ -99,6 +99,7 @@ def test_a_gpu_runs_what_its_generation_has():
     assert recipe_problem("mxfp8", (10, 0)) is None
 
 
+EXPERTS: dict[str, Any] = {"num_moe_experts": 4, "moe_router_topk": 2, "add_bias_linear": False}
 OK: dict[str, Any] = {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "tensorwise"}
 
 
@@ -118,6 +119,7 @@ def test_every_recipe_is_accepted_as_a_configuration(recipe: str, format_: str):
         ({"verify_gradients": 1}, "needs gradient_tolerance with FP8"),
         ({"hidden_size": 40}, "hidden_size has 40"),
         ({"fp8_recipe": "blockwise"}, "multiples of 128: hidden_size has 64"),
+        ({**EXPERTS, "moe_ffn_hidden_size": 40}, "multiples of 16: moe_ffn_hidden_size has 40"),
         ({"seq_length": 120}, "seq_length (120) must be a multiple of 16"),
         ({"fp8_amax_history_len": 4}, "fp8_recipe is not delayed"),
         ({"num_layers_at_end_in_bf16": 2}, "first_last_layers_bf16 is off"),
