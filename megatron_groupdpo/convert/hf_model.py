@@ -98,7 +98,7 @@ def open_hf_model(folder: Path) -> HfModel:
         CheckpointError: not a model folder, a LoRA adapter, corrupt files; a tensor missing, unknown or misshapen.
     """
     family, config, model = config_of_folder(folder)
-    weights = HfWeights(folder)
+    weights = HfWeights(folder, joined=family.joined)
     plan = conversion_plan(family, model)
     expected = {name: shape for pair in plan.values() for name, shape in pair.hf.items()}
     names = _names_in_file(expected, weights, family)
@@ -107,8 +107,8 @@ def open_hf_model(folder: Path) -> HfModel:
         found = weights.shapes[names[name]]
         if found != shape:
             raise CheckpointError(
-                f"{folder}: tensor {names[name]!r} has shape {list(found)}, {CONFIG} asks for {list(shape)}; "
-                "the files and the configuration are not of one model"
+                f"{folder}: tensor {weights.label(names[name])} has shape {list(found)}, {CONFIG} asks for "
+                f"{list(shape)}; the files and the configuration are not of one model"
             )
     weights.dtype(set(names.values()))
     return HfModel(
@@ -192,7 +192,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _names_in_file(expected: Iterable[str], weights: HfWeights, family: Family) -> dict[str, str]:
     found = {}
     for name in expected:
-        others = [new + name[len(old) :] for old, new in family.renamed if name.startswith(old)]
+        others = [name.replace(old, new, 1) for old, new in family.renamed if old in name]
         for candidate in (name, name.removeprefix(family.prefix), *others):
             if candidate in weights.shapes:
                 found[name] = candidate

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import tensors_of
-from hf_examples import SCALED
+from hf_examples import SCALED, random_model
 from safetensors.torch import save_file
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
@@ -30,6 +30,7 @@ from megatron_groupdpo.mcore.policy import build_policy
 from megatron_groupdpo.mcore.setup import Ranks
 
 OwnCopy = Callable[[str], Path]
+FC1, FC2 = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
 
 
 def refused(folder: Path, error: type[UserError], *words: str) -> None:
@@ -119,6 +120,26 @@ def test_a_field_that_cannot_be_expressed_is_named(own_copy: OwnCopy, name: str,
 )
 def test_a_tensor_that_does_not_fit_is_named(own_copy: OwnCopy, change: Callable[..., Any], words: tuple[str, ...]):
     folder = own_copy("llama-tied")
+    edit_tensors(folder, change)
+    refused(folder, CheckpointError, *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.update({FC2: t[FC2][:3].clone()}), ("missing tensor", "experts.3.down_proj.weight'")),
+        (lambda t: t.update({FC1: torch.ones(5, 32, 48)}), ("unexpected tensors", "experts.4.gate_proj.weight'")),
+        (lambda t: t.update({FC1: t[FC1][:, 1:].clone()}), (f"(a part of '{FC1}') has shape [15, 48]", "[16, 48]")),
+        (lambda t: t.update({FC2 + "s": torch.ones(2)}), (f"unexpected tensor '{FC2}s'",)),
+        (
+            lambda t: t.update({FC2.replace("experts.", "experts.1.") + ".weight": torch.ones(48, 16)}),
+            (f"holds both '{FC2}' and its part", "experts.1.down_proj.weight'"),
+        ),
+    ],
+)
+def test_joined_experts_that_do_not_fit_are_named(tmp_path: Path, change: Callable[..., Any], words: tuple[str, ...]):
+    folder = tmp_path / "joined"
+    random_model("qwen3-moe").save_pretrained(folder, save_original_format=False)
     edit_tensors(folder, change)
     refused(folder, CheckpointError, *words)
 
