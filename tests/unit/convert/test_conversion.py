@@ -10,6 +10,7 @@ import pytest
 import torch
 from convert_helpers import CONFIG_NAMES, files_of, tensors_of
 from hf_examples import random_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
@@ -60,6 +61,36 @@ def test_log_probs_of_every_token_equal_those_of_transformers(name: str, hf_mode
     result = verify.compare(sequences, theirs, ours, tolerance=CLOSE)
     assert result.passed, verify.describe(result)
     assert result.num_tokens == 3 * 63 + 8
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmoe"])
+def test_in_bf16_a_model_is_held_to_the_rounding_of_transformers(
+    name: str, own_copy: Callable[[str], Path], ranks: Ranks, tmp_path: Path
+):
+    """The mean tells what the largest difference hides: in a mixture, of a token that rounding sends elsewhere."""
+    folder, checkpoint = own_copy(name), tmp_path / "checkpoint"
+    import_hf(folder, checkpoint, ImportOptions(), ranks)
+    sequences = verify.random_sequences(101, count=8, length=64, seed=0)
+
+    def compared() -> verify.Comparison:
+        return verify.verify_on_layout(
+            open_hf_model(folder),
+            checkpoint,
+            sequences,
+            parallel=ParallelConfig(),
+            precision=PrecisionConfig(bf16=True),
+            ranks=ranks,
+        )
+
+    good = compared()
+    assert good.passed, verify.describe(good)
+    tensors = tensors_of(folder)
+    norm = "model.norm.weight"
+    save_file(tensors | {norm: tensors[norm] * 1.06}, folder / "model.safetensors", {"format": "pt"})
+    other = compared()
+    assert not other.passed, verify.describe(other)
+    assert other.max_difference is not None
+    assert other.max_difference < other.tolerance, "so that the mean is what tells"
 
 
 @pytest.mark.parametrize("name", CONFIG_NAMES)
@@ -196,8 +227,6 @@ def test_the_tokenizer_travels_with_the_model(
 
 
 def test_weights_saved_without_the_head_are_found_and_buffers_passed_over(own_copy: Callable[[str], Path]):
-    from safetensors.torch import save_file
-
     folder = own_copy("gpt2")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(folder).items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import subprocess
@@ -318,12 +319,15 @@ def test_a_comparison_fails_above_its_tolerance_and_on_numbers_that_are_none(tmp
     result = verify.compare(sequences, theirs, ours, tolerance=0.4)
     assert not result.passed
     assert verify.compare(sequences, theirs, ours, tolerance=0.5).passed
+    assert verify.compare(sequences, theirs, ours, tolerance=0.5, mean_tolerance=0.09).passed
+    assert not verify.compare(sequences, theirs, ours, tolerance=0.5, mean_tolerance=0.08).passed
     assert (result.max_difference, result.mean_difference) == (0.5, 0.5 / 6)
     assert (result.worst.sequence, result.worst.position) == (1, 2)
     assert result.worst.token_id == sequences[1][2]
     ours[0][2] = float("nan")
     broken = verify.compare(sequences, theirs, ours, tolerance=0.5)
     assert not broken.passed
+    assert not verify.compare(sequences, theirs, ours, tolerance=math.inf, mean_tolerance=math.inf).passed
     assert (broken.worst.sequence, broken.worst.position, broken.worst.megatron) == (0, 3, None)
     verify.write_report(tmp_path / "new" / "report.json", broken, hf="x")
     report = json.loads((tmp_path / "new" / "report.json").read_text())
