@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,9 @@ from megatron_groupdpo.convert import verify
 from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, export_hf
 from megatron_groupdpo.convert.hf_files import INDEX, HfWeights
 from megatron_groupdpo.convert.hf_model import open_hf_model
-from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf
+from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf, kept_of
 from megatron_groupdpo.convert.megatron_names import canonical_name, megatron_tensors
+from megatron_groupdpo.convert.model_section import complete_model_section
 from megatron_groupdpo.convert.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.weights import key_of, load_hf_weights, policy_shards
 from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
@@ -161,6 +163,18 @@ def test_a_checkpoint_imported_in_bf16_loads_in_fp32_and_bf16(hf_models: HfModel
         norm = tensors_of(folder)["model.norm.weight"]
         assert shards["decoder.final_layernorm.weight"].dtype == (torch.bfloat16 if bf16 else torch.float32)
         assert torch.equal(shards["decoder.final_layernorm.weight"].to(torch.bfloat16), norm)
+
+
+def test_the_precision_of_the_router_is_the_runs_own(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
+    folder, out = hf_models("mixtral"), tmp_path / "out"
+    given = {("checkpoint", "load"): str(folder), ("model", "moe_router_dtype"): "fp32"}
+    assert complete_model_section(given)["model", "moe_router_dtype"] == "fp32"
+    source = open_hf_model(folder)
+    model = dataclasses.replace(source.model, moe_router_dtype="fp32")
+    policy = build_policy(model, ParallelConfig(), PrecisionConfig(bf16=True), ranks, seed=0, training=False)
+    load_hf_weights(folder, policy)
+    export_hf(policy, out, ExportOptions(), tokenizer=None, kept=kept_of(source))
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
 def test_the_chosen_dtype_is_written(hf_models: HfModels, ranks: Ranks, tmp_path: Path):

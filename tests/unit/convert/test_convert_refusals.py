@@ -93,6 +93,9 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_and_all(own_copy: 
             "sliding_window is None",
         ),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        ("llama-tied", {"num_key_value_heads": 4}, "6 attention heads must be a multiple of 4 key-value heads"),
+        ("llama-tied", {"intermediate_size": -80}, "ffn_hidden_size -80"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, of 4 experts"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function is 'tanh'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ],
@@ -169,6 +172,12 @@ def test_broken_files_are_named(own_copy: OwnCopy):
     refused(folder, CheckpointError, "model.safetensors.index.json", "not an index")
     (folder / "config.json").write_text("{")
     refused(folder, ConfigError, "config.json", "not JSON")
+
+
+def test_a_broken_generation_config_is_refused_before_anything_is_made(own_copy: OwnCopy):
+    folder = own_copy("llama-tied")
+    (folder / "generation_config.json").write_text("{")
+    refused(folder, CheckpointError, "generation_config.json is not JSON")
 
 
 def test_a_folder_without_safetensors_is_refused_with_a_way_out(own_copy: OwnCopy):
