@@ -24,6 +24,7 @@ from megatron_groupdpo.convert.plan import Key, Pair, conversion_plan
 from megatron_groupdpo.convert.progress import byte_bar
 from megatron_groupdpo.convert.shard_files import write_json, write_shards
 from megatron_groupdpo.convert.tokenizers import ModelTokenizer
+from megatron_groupdpo.convert.weights import NOT_THE_WEIGHTS
 from megatron_groupdpo.convert.whole_tensors import checkpoint_tensors, gathered_tensors
 from megatron_groupdpo.data.tokenizer import Tokenizer
 from megatron_groupdpo.errors import ConfigError
@@ -234,7 +235,7 @@ def choose_form(model: ModelConfig, options: ExportOptions, kept: Mapping[str, A
         family = family_named(kept["family"])
         before = model_identity(model_of_config(family, kept["config"]))
         now = model_identity(model)
-        if all(before[name] == now[name] for name in now if name != "make_vocab_size_divisible_by"):
+        if all(before[name] == now[name] for name in now if name not in NOT_THE_WEIGHTS):
             config = dict(kept["config"])
             return Form(family=family, config=config, kept=kept, generation_config=generation, texts=texts)
     if options.family is not None:

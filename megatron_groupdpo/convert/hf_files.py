@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ class _Place:
     shape: Shape
     dtype: str
     """As safetensors spells it."""
+    joined: tuple[str, int, int] | None = None
+    """Of a part of a joined tensor: that one's name, the expert, and the part's first row."""
 
 
 def refuse_gguf(path: Path) -> None:
@@ -39,8 +43,12 @@ def refuse_gguf(path: Path) -> None:
 class HfWeights:
     """All tensors of a folder by name. Only what is asked for is read, and nothing stays in memory."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, joined: Mapping[str, tuple[str, ...]] | None = None) -> None:
         """Open every file and read its header.
+
+        Args:
+            folder: of a Hugging Face model.
+            joined: see :class:`Family`; parts of such tensors take their place here.
 
         Raises:
             CheckpointError: no safetensors, a missing or corrupt file, an index that does not fit the files.
@@ -48,6 +56,8 @@ class HfWeights:
         self.folder = folder
         self._opened: tuple[Path, Any] | None = None
         self._places = self._read_index(folder / INDEX) if (folder / INDEX).exists() else self._read_single()
+        for ending, parts in (joined or {}).items():
+            self._take_apart(ending, parts)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -76,11 +86,36 @@ class HfWeights:
         place = self._places[name]
         try:
             opened = self._open(place.file)
+            if place.joined is not None:
+                whole, expert, first = place.joined
+                rows = range(first, first + place.shape[0])[window[0] if window else slice(None)]
+                inside = (slice(expert, expert + 1), slice(rows.start, rows.stop), *window[1:])
+                return opened.get_slice(whole)[inside][0]
             return opened.get_slice(name)[window] if window else opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{place.file}: tensor {name!r} cannot be read ({error}); get the file again"
             ) from None
+
+    def label(self, name: str) -> str:
+        """The name for messages; of a part, also the tensor that the file has."""
+        joined = self._places[name].joined
+        return repr(name) if joined is None else f"{name!r} (a part of {joined[0]!r})"
+
+    def _take_apart(self, ending: str, parts: tuple[str, ...]) -> None:
+        for name, whole in list(self._places.items()):
+            if not name.endswith(ending) or len(whole.shape) != 3:
+                continue
+            del self._places[name]
+            experts, rows, columns = whole.shape
+            size = rows // len(parts)
+            for expert, number in itertools.product(range(experts), range(len(parts))):
+                part = name.removesuffix(ending) + parts[number].format(expert=expert)
+                if part in self._places:
+                    raise CheckpointError(f"{self.folder} holds both {name!r} and its part {part!r}; remove one")
+                # an odd row goes to the last part, whose shape is then refused
+                shape = (size if number < len(parts) - 1 else rows - number * size, columns)
+                self._places[part] = replace(whole, shape=shape, joined=(name, expert, number * size))
 
     def _open(self, file: Path) -> Any:
         """One file is open at a time: a large model has more than a process may have open."""

@@ -98,7 +98,7 @@ def open_hf_model(folder: Path) -> HfModel:
         CheckpointError: not a model folder, a LoRA adapter, corrupt files; a tensor missing, unknown or misshapen.
     """
     family, config, model = config_of_folder(folder)
-    weights = HfWeights(folder)
+    weights = HfWeights(folder, joined=family.joined)
     plan = conversion_plan(family, model)
     expected = {name: shape for pair in plan.values() for name, shape in pair.hf.items()}
     names = _names_in_file(expected, weights, family)
@@ -107,8 +107,8 @@ def open_hf_model(folder: Path) -> HfModel:
         found = weights.shapes[names[name]]
         if found != shape:
             raise CheckpointError(
-                f"{folder}: tensor {names[name]!r} has shape {list(found)}, {CONFIG} asks for {list(shape)}; "
-                "the files and the configuration are not of one model"
+                f"{folder}: tensor {weights.label(names[name])} has shape {list(found)}, {CONFIG} asks for "
+                f"{list(shape)}; the files and the configuration are not of one model"
             )
     weights.dtype(set(names.values()))
     return HfModel(
@@ -153,7 +153,24 @@ def model_of_config(family: Family, config: HfConfig) -> ModelConfig:
     except Exception as error:  # transformers validates with errors of several libraries
         reason = " ".join(str(error).split())
         raise ConfigError(f"transformers refuses it as a {family.model_type} configuration ({reason})") from None
-    return family.to_model(complete)
+    model = family.to_model(complete)
+    _check_sizes(model)
+    return model
+
+
+def _check_sizes(model: ModelConfig) -> None:
+    """What would be found only in shapes, or by Megatron."""
+    sizes = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size")
+    for name in (*sizes, "moe_ffn_hidden_size", "vocab_size", "max_position_embeddings"):
+        value = getattr(model, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"gives the model {name} {value}, which must be at least 1; get the file again")
+    heads, groups = model.num_attention_heads, model.num_query_groups or model.num_attention_heads
+    if heads % groups:
+        raise ConfigError(f"{heads} attention heads must be a multiple of {groups} key-value heads; get the file again")
+    experts, chosen = model.num_moe_experts, model.moe_router_topk
+    if experts is not None and not 1 <= chosen <= experts:
+        raise ConfigError(f"num_experts_per_tok is {chosen}, of {experts} experts; get the file again")
 
 
 def text_part(family: Family, config: dict[str, Any]) -> dict[str, Any]:
@@ -192,7 +209,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _names_in_file(expected: Iterable[str], weights: HfWeights, family: Family) -> dict[str, str]:
     found = {}
     for name in expected:
-        others = [new + name[len(old) :] for old, new in family.renamed if name.startswith(old)]
+        others = [name.replace(old, new, 1) for old, new in family.renamed if old in name]
         for candidate in (name, name.removeprefix(family.prefix), *others):
             if candidate in weights.shapes:
                 found[name] = candidate

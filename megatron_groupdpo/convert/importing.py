@@ -108,6 +108,7 @@ def prepare_import(
 ) -> tuple[HfModel, ModelConfig, ModelTokenizer | None]:
     """Everything that can be refused, before a model is built."""
     source = open_hf_model(folder)
+    kept_of(source, options.dtype)
     check_target(output, overwrite=options.overwrite, marker=TRACKER, source=folder)
     model = with_vocabulary_padding(source.model, options.make_vocab_size_divisible_by)
     if not options.with_tokenizer:

@@ -9,7 +9,7 @@ from megatron_groupdpo.convert.hf_model import config_of_folder, is_hf_folder
 from megatron_groupdpo.convert.hub import is_hub_name, model_folder
 from megatron_groupdpo.errors import ConfigError
 
-_OWN = frozenset({"make_vocab_size_divisible_by", "transformer_impl", "init_method_std"})
+_OWN = frozenset({"make_vocab_size_divisible_by", "transformer_impl", "init_method_std", "moe_router_dtype"})
 """Fields that are the run's own choice, whatever the model."""
 _FILLED_IN = ("ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size")
 

@@ -25,8 +25,8 @@ from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.policy import Policy, model_identity
 
-_NOT_THE_WEIGHTS = "make_vocab_size_divisible_by"
-"""How many rows pad the vocabulary is the run's own choice."""
+NOT_THE_WEIGHTS = frozenset({"make_vocab_size_divisible_by", "moe_router_dtype"})
+"""Fields that no config.json has: rows that pad the vocabulary and the router's precision are the run's own choice."""
 
 
 def load_hf_weights(folder: Path, policy: Policy) -> HfModel:
@@ -52,7 +52,7 @@ def check_same_model(source: HfModel, model: ModelConfig) -> None:
     differ = [
         f"{name}: {value!r} there, {ours[name]!r} in the model section"
         for name, value in theirs.items()
-        if name != _NOT_THE_WEIGHTS and ours[name] != value
+        if name not in NOT_THE_WEIGHTS and ours[name] != value
     ]
     if differ:
         raise ConfigError(f"{source.folder} is another model ({'; '.join(differ)}); make the model section agree")

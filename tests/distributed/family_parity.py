@@ -53,12 +53,13 @@ def measure(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     import torch
     from hf_examples import save_random_model
     from rank_pool import RankPool
-    from test_families import LAYOUTS, logprobs_on_rank, sequences
+    from test_families import LAYOUTS, MIXTURE_LAYOUTS, logprobs_on_rank, sequences
     from tqdm import tqdm
 
     from megatron_groupdpo.convert.verify import transformers_logprobs
 
-    pool = RankPool(max(2, *(num_ranks for num_ranks, *_ in LAYOUTS.values())))
+    layouts = {"one rank": (1, {}, False), **LAYOUTS, **MIXTURE_LAYOUTS}
+    pool = RankPool(max(num_ranks for num_ranks, *_ in layouts.values()))
     table: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="parity-") as temporary:
         root = Path(temporary)
@@ -67,8 +68,8 @@ def measure(names: Sequence[str]) -> dict[str, dict[str, Any]]:
                 folder = save_random_model(name, root / name)
                 theirs = torch.cat(transformers_logprobs(folder, sequences()))
                 row: dict[str, Any] = {}
-                for layout, (num_ranks, parallel, packed) in {"one rank": (1, {}, False), **LAYOUTS}.items():
-                    if parallel.get("expert_model_parallel_size", 1) > 1 and not _has_experts(folder):
+                for layout, (num_ranks, parallel, packed) in layouts.items():
+                    if layout in MIXTURE_LAYOUTS and not _has_experts(folder):
                         row[layout] = None
                         continue
                     answers = pool.run(num_ranks, logprobs_on_rank, {name: folder}, parallel, packed, timeout=300)

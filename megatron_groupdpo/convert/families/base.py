@@ -52,7 +52,10 @@ class Family:
     wrapper: str | None = None
     """Architecture of a model that holds this one beside others (a vision tower), configured by its ``text_config``."""
     renamed: tuple[tuple[str, str], ...] = ()
-    """Other starts of tensor names: the rules' and the one found in files of a wrapper."""
+    """Parts of tensor names that files may spell otherwise (those of a wrapper): the rules' spelling and the other."""
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tensors of all experts, [expert, rows, columns], that files may hold instead: how the name ends, and how the
+    rules' names end of the parts that share its rows."""
     reads: tuple[str, ...] = ()
     """Fields of config.json that ``to_model`` honours or refuses itself, though most families have no use for them
     (see ``_NEUTRAL`` in ``hf_model.py``)."""

@@ -14,7 +14,16 @@ from megatron_groupdpo.convert.families.decoder import (
     one_window_config,
     one_window_fields,
 )
-from megatron_groupdpo.convert.families.mixture import EXPERTS, expert_rules, mixture_config, mixture_fields
+from megatron_groupdpo.convert.families.mixture import (
+    EXPERTS,
+    expert_rules,
+    joined_experts,
+    mixture_config,
+    mixture_fields,
+)
+
+_BLOCK = "block_sparse_moe"
+_PARTS = {"gate": "w1", "up": "w3", "down": "w2"}
 
 
 def _to_model(config: HfConfig) -> ModelConfig:
@@ -37,7 +46,9 @@ MIXTRAL = decoder_family(
     name="mixtral",
     architecture="MixtralForCausalLM",
     model_type="mixtral",
-    rules={**RULES, **expert_rules("block_sparse_moe", gate="w1", up="w3", down="w2")},
+    rules={**RULES, **expert_rules(_BLOCK, **_PARTS)},
+    joined=joined_experts(_BLOCK, **_PARTS),
+    renamed=((f".{_BLOCK}.gate.", ".mlp.gate."),),
     to_model=_to_model,
     to_hf=_to_hf,
     reads=("sliding_window",),

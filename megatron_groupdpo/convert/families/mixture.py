@@ -13,12 +13,15 @@ from megatron_groupdpo.errors import ConfigError
 
 EXPERTS = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
 """Fields of ModelConfig that :func:`mixture_config` writes."""
+LLAMA_PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+"""An expert's projections where they have the names of Llama's MLP."""
 
 
 def expert_rules(block: str, *, gate: str, up: str, down: str) -> Mapping[str, Rule]:
     """Rules of the router and the experts.
 
-    Files hold one tensor an expert and projection; ``transformers`` 5 joins them in memory and parts them when saving.
+    Files hold one tensor an expert and projection; ``transformers`` 5 joins them in memory and parts them when saving
+    (:func:`joined_experts`: unless told not to).
 
     Args:
         block: of a layer, where the others are.
@@ -33,6 +36,15 @@ def expert_rules(block: str, *, gate: str, up: str, down: str) -> Mapping[str, R
             f"{expert}{gate}.weight", f"{expert}{up}.weight", transform=GATE_UP
         ),
         "decoder.layers.mlp.experts.experts.linear_fc2.weight": rule(f"{expert}{down}.weight"),
+    }
+
+
+def joined_experts(block: str, *, gate: str, up: str, down: str) -> dict[str, tuple[str, ...]]:
+    """What ``save_pretrained(save_original_format=False)`` writes in place of the tensors of :func:`expert_rules`."""
+    expert = f".{block}.experts.{{expert}}."
+    return {
+        ".mlp.experts.gate_up_proj": (f"{expert}{gate}.weight", f"{expert}{up}.weight"),
+        ".mlp.experts.down_proj": (f"{expert}{down}.weight",),
     }
 
 

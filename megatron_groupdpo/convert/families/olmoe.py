@@ -13,7 +13,14 @@ from megatron_groupdpo.convert.families.decoder import (
     decoder_family,
     decoder_fields,
 )
-from megatron_groupdpo.convert.families.mixture import EXPERTS, expert_rules, mixture_config, mixture_fields
+from megatron_groupdpo.convert.families.mixture import (
+    EXPERTS,
+    LLAMA_PARTS,
+    expert_rules,
+    joined_experts,
+    mixture_config,
+    mixture_fields,
+)
 from megatron_groupdpo.errors import ConfigError
 
 _NORMS: dict[str, Any] = {"qk_layernorm": True, "qk_layernorm_across_heads": True}
@@ -46,7 +53,8 @@ OLMOE = decoder_family(
     name="olmoe",
     architecture="OlmoeForCausalLM",
     model_type="olmoe",
-    rules={**RULES, **QK_NORMS, **expert_rules("mlp", gate="gate_proj", up="up_proj", down="down_proj")},
+    rules={**RULES, **QK_NORMS, **expert_rules("mlp", **LLAMA_PARTS)},
+    joined=joined_experts("mlp", **LLAMA_PARTS),
     to_model=_to_model,
     to_hf=_to_hf,
 )

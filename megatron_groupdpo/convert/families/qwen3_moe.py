@@ -15,7 +15,14 @@ from megatron_groupdpo.convert.families.decoder import (
     one_window_config,
     one_window_fields,
 )
-from megatron_groupdpo.convert.families.mixture import EXPERTS, expert_rules, mixture_config, mixture_fields
+from megatron_groupdpo.convert.families.mixture import (
+    EXPERTS,
+    LLAMA_PARTS,
+    expert_rules,
+    joined_experts,
+    mixture_config,
+    mixture_fields,
+)
 from megatron_groupdpo.errors import ConfigError
 
 
@@ -57,7 +64,8 @@ QWEN3_MOE = decoder_family(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
-    rules={**RULES, **QK_NORMS, **expert_rules("mlp", gate="gate_proj", up="up_proj", down="down_proj")},
+    rules={**RULES, **QK_NORMS, **expert_rules("mlp", **LLAMA_PARTS)},
+    joined=joined_experts("mlp", **LLAMA_PARTS),
     to_model=_to_model,
     to_hf=_to_hf,
     reads=("sliding_window",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from convert_helpers import CONFIG_NAMES, files_of, tensors_of
+from hf_examples import random_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
@@ -16,8 +19,9 @@ from megatron_groupdpo.convert import verify
 from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, export_hf
 from megatron_groupdpo.convert.hf_files import INDEX, HfWeights
 from megatron_groupdpo.convert.hf_model import open_hf_model
-from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf
+from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf, kept_of
 from megatron_groupdpo.convert.megatron_names import canonical_name, megatron_tensors
+from megatron_groupdpo.convert.model_section import complete_model_section
 from megatron_groupdpo.convert.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.weights import key_of, load_hf_weights, policy_shards
 from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
@@ -59,6 +63,36 @@ def test_log_probs_of_every_token_equal_those_of_transformers(name: str, hf_mode
     result = verify.compare(sequences, theirs, ours, tolerance=CLOSE)
     assert result.passed, verify.describe(result)
     assert result.num_tokens == 3 * 63 + 8
+
+
+@pytest.mark.parametrize("name", ["qwen3", "olmoe"])
+def test_in_bf16_a_model_is_held_to_the_rounding_of_transformers(
+    name: str, own_copy: Callable[[str], Path], ranks: Ranks, tmp_path: Path
+):
+    """The mean tells what the largest difference hides: in a mixture, of a token that rounding sends elsewhere."""
+    folder, checkpoint = own_copy(name), tmp_path / "checkpoint"
+    import_hf(folder, checkpoint, ImportOptions(), ranks)
+    sequences = verify.random_sequences(101, count=8, length=64, seed=0)
+
+    def compared() -> verify.Comparison:
+        return verify.verify_on_layout(
+            open_hf_model(folder),
+            checkpoint,
+            sequences,
+            parallel=ParallelConfig(),
+            precision=PrecisionConfig(bf16=True),
+            ranks=ranks,
+        )
+
+    good = compared()
+    assert good.passed, verify.describe(good)
+    tensors = tensors_of(folder)
+    norm = "model.norm.weight"
+    save_file(tensors | {norm: tensors[norm] * 1.06}, folder / "model.safetensors", {"format": "pt"})
+    other = compared()
+    assert not other.passed, verify.describe(other)
+    assert other.max_difference is not None
+    assert other.max_difference < other.tolerance, "so that the mean is what tells"
 
 
 @pytest.mark.parametrize("name", CONFIG_NAMES)
@@ -103,6 +137,22 @@ def test_import_then_export_gives_the_same_bytes(
     )
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "olmoe"])
+def test_experts_that_files_join_come_back_one_by_one(name: str, hf_models: HfModels, ranks: Ranks, tmp_path: Path):
+    joined, back = tmp_path / "joined", tmp_path / "back"
+    random_model(name).save_pretrained(joined, save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in tensors_of(joined)
+    source = open_hf_model(joined)
+    for key, pair in source.plan.items():  # as ranks read that hold a part
+        window = tuple(slice(size // 3, size) for size in pair.shape)
+        part = torch.empty([size - size // 3 for size in pair.shape])
+        source.read_into(part, key, window)
+        assert torch.equal(part, source.read(key)[window]), key
+    import_hf(joined, tmp_path / "checkpoint", ImportOptions(), ranks)
+    export_checkpoint(tmp_path / "checkpoint", back, ExportOptions())
+    assert (back / "model.safetensors").read_bytes() == (hf_models(name) / "model.safetensors").read_bytes()
+
+
 def test_a_checkpoint_imported_in_bf16_loads_in_fp32_and_bf16(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     folder = hf_models("llama-tied", torch.bfloat16)
     report = import_hf(folder, tmp_path / "checkpoint", ImportOptions(), ranks)
@@ -113,6 +163,18 @@ def test_a_checkpoint_imported_in_bf16_loads_in_fp32_and_bf16(hf_models: HfModel
         norm = tensors_of(folder)["model.norm.weight"]
         assert shards["decoder.final_layernorm.weight"].dtype == (torch.bfloat16 if bf16 else torch.float32)
         assert torch.equal(shards["decoder.final_layernorm.weight"].to(torch.bfloat16), norm)
+
+
+def test_the_precision_of_the_router_is_the_runs_own(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
+    folder, out = hf_models("mixtral"), tmp_path / "out"
+    given = {("checkpoint", "load"): str(folder), ("model", "moe_router_dtype"): "fp32"}
+    assert complete_model_section(given)["model", "moe_router_dtype"] == "fp32"
+    source = open_hf_model(folder)
+    model = dataclasses.replace(source.model, moe_router_dtype="fp32")
+    policy = build_policy(model, ParallelConfig(), PrecisionConfig(bf16=True), ranks, seed=0, training=False)
+    load_hf_weights(folder, policy)
+    export_hf(policy, out, ExportOptions(), tokenizer=None, kept=kept_of(source))
+    assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
 def test_the_chosen_dtype_is_written(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
@@ -179,8 +241,6 @@ def test_the_tokenizer_travels_with_the_model(
 
 
 def test_weights_saved_without_the_head_are_found_and_buffers_passed_over(own_copy: Callable[[str], Path]):
-    from safetensors.torch import save_file
-
     folder = own_copy("gpt2")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(folder).items()}
     tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64, device="cpu")

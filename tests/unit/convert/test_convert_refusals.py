@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import resource
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import tensors_of
-from hf_examples import SCALED
+from hf_examples import SCALED, random_model
 from safetensors.torch import save_file
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
@@ -30,6 +31,7 @@ from megatron_groupdpo.mcore.policy import build_policy
 from megatron_groupdpo.mcore.setup import Ranks
 
 OwnCopy = Callable[[str], Path]
+FC1, FC2 = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
 
 
 def refused(folder: Path, error: type[UserError], *words: str) -> None:
@@ -91,6 +93,9 @@ def test_an_unknown_architecture_is_answered_with_the_nearest_and_all(own_copy: 
             "sliding_window is None",
         ),
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
+        ("llama-tied", {"num_key_value_heads": 4}, "6 attention heads must be a multiple of 4 key-value heads"),
+        ("llama-tied", {"intermediate_size": -80}, "ffn_hidden_size -80"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, of 4 experts"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function is 'tanh'"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ],
@@ -123,6 +128,26 @@ def test_a_tensor_that_does_not_fit_is_named(own_copy: OwnCopy, change: Callable
     refused(folder, CheckpointError, *words)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.update({FC2: t[FC2][:3].clone()}), ("missing tensor", "experts.3.down_proj.weight'")),
+        (lambda t: t.update({FC1: torch.ones(5, 32, 48)}), ("unexpected tensors", "experts.4.gate_proj.weight'")),
+        (lambda t: t.update({FC1: t[FC1][:, 1:].clone()}), (f"(a part of '{FC1}') has shape [15, 48]", "[16, 48]")),
+        (lambda t: t.update({FC2 + "s": torch.ones(2)}), (f"unexpected tensor '{FC2}s'",)),
+        (
+            lambda t: t.update({FC2.replace("experts.", "experts.1.") + ".weight": torch.ones(48, 16)}),
+            (f"holds both '{FC2}' and its part", "experts.1.down_proj.weight'"),
+        ),
+    ],
+)
+def test_joined_experts_that_do_not_fit_are_named(tmp_path: Path, change: Callable[..., Any], words: tuple[str, ...]):
+    folder = tmp_path / "joined"
+    random_model("qwen3-moe").save_pretrained(folder, save_original_format=False)
+    edit_tensors(folder, change)
+    refused(folder, CheckpointError, *words)
+
+
 def test_many_missing_tensors_are_counted_not_listed(own_copy: OwnCopy):
     folder = own_copy("llama-tied")
     edit_config(folder, num_hidden_layers=4)
@@ -147,6 +172,12 @@ def test_broken_files_are_named(own_copy: OwnCopy):
     refused(folder, CheckpointError, "model.safetensors.index.json", "not an index")
     (folder / "config.json").write_text("{")
     refused(folder, ConfigError, "config.json", "not JSON")
+
+
+def test_a_broken_generation_config_is_refused_before_anything_is_made(own_copy: OwnCopy):
+    folder = own_copy("llama-tied")
+    (folder / "generation_config.json").write_text("{")
+    refused(folder, CheckpointError, "generation_config.json is not JSON")
 
 
 def test_a_folder_without_safetensors_is_refused_with_a_way_out(own_copy: OwnCopy):
@@ -297,12 +328,15 @@ def test_a_comparison_fails_above_its_tolerance_and_on_numbers_that_are_none(tmp
     result = verify.compare(sequences, theirs, ours, tolerance=0.4)
     assert not result.passed
     assert verify.compare(sequences, theirs, ours, tolerance=0.5).passed
+    assert verify.compare(sequences, theirs, ours, tolerance=0.5, mean_tolerance=0.09).passed
+    assert not verify.compare(sequences, theirs, ours, tolerance=0.5, mean_tolerance=0.08).passed
     assert (result.max_difference, result.mean_difference) == (0.5, 0.5 / 6)
     assert (result.worst.sequence, result.worst.position) == (1, 2)
     assert result.worst.token_id == sequences[1][2]
     ours[0][2] = float("nan")
     broken = verify.compare(sequences, theirs, ours, tolerance=0.5)
     assert not broken.passed
+    assert not verify.compare(sequences, theirs, ours, tolerance=math.inf, mean_tolerance=math.inf).passed
     assert (broken.worst.sequence, broken.worst.position, broken.worst.megatron) == (0, 3, None)
     verify.write_report(tmp_path / "new" / "report.json", broken, hf="x")
     report = json.loads((tmp_path / "new" / "report.json").read_text())
