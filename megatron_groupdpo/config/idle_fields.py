@@ -128,6 +128,11 @@ IDLE = (
         because="position_embedding_type is not rope",
     ),
     Idle(
+        fields=("training.eval_iters",),
+        when=lambda c: c.training.eval_interval is None,
+        because="eval_interval is not set",
+    ),
+    Idle(
         fields=("training.gradient_tolerance",),
         when=lambda c: c.training.verify_gradients == 0,
         because="verify_gradients is 0",

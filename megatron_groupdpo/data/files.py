@@ -23,6 +23,7 @@ from typing import IO, Any
 import zstandard
 
 from megatron_groupdpo.data import json_array
+from megatron_groupdpo.data.zstd_stream import ZstdStream
 from megatron_groupdpo.errors import DataError, StopError
 
 JSON_LINES = (".jsonl", ".ndjson")
@@ -187,8 +188,8 @@ def _open_bytes(source: str) -> Iterator[IO[bytes]]:
             with gzip.open(source, "rb") as stream:
                 yield stream  # type: ignore[misc]
         elif source.lower().endswith(".zst"):
-            with zstandard.open(source, "rb") as stream:
-                yield io.BufferedReader(stream)  # type: ignore[arg-type]
+            with open(source, "rb") as file:
+                yield io.BufferedReader(ZstdStream(file))
         else:
             with open(source, "rb") as stream:
                 yield stream

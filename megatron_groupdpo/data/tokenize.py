@@ -107,7 +107,7 @@ class GroupTokenizer:
                 messages do not start with the assistant; no chat template.
         """
         texts = [record.prompt, *(response.text for response in record.responses)]
-        if _is_empty(record.prompt):
+        if self._is_empty(record.prompt):
             counts[why.EMPTY_PROMPT] += 1
             return None
         is_chat = self._options.apply_chat_template or any(not isinstance(text, str) for text in texts)
@@ -116,12 +116,21 @@ class GroupTokenizer:
             return None
         return self._fit(rows, record.where, counts)
 
+    def _is_empty(self, text: Text) -> bool:
+        """Whether there is nothing to read: white space, or what the tokenizer leaves out (a zero-width space)."""
+        contents = [text] if isinstance(text, str) else [message.content for message in text]
+        # A letter or a digit always leaves a token, and is nearly always soon found.
+        return not any(
+            content.strip() and (any(map(str.isalnum, content)) or self._tokenizer.encode(content))
+            for content in contents
+        )
+
     def _text_rows(self, record: GroupRecord, counts: Counts) -> TokenizedGroup:
         assert isinstance(record.prompt, str)
         texts, kept = [record.prompt], []
         for index, response in enumerate(record.responses):
             assert isinstance(response.text, str)
-            if _is_empty(response.text):
+            if self._is_empty(response.text):
                 counts[why.EMPTY_RESPONSE] += 1
                 continue
             texts.append(response.text)
@@ -144,7 +153,7 @@ class GroupTokenizer:
         prompt_tokens = self._tokenizer.encode_rendered(self._render(prompt, True, record.where))
         responses = []
         for index, response in enumerate(record.responses):
-            if _is_empty(response.text):
+            if self._is_empty(response.text):
                 counts[why.EMPTY_RESPONSE] += 1
                 continue
             turns = _as_messages(response.text, "assistant")
@@ -278,13 +287,6 @@ def _cut_responses(responses: Sequence[TokenizedResponse], room: int, counts: Co
         counts[why.RESPONSE_CUT] += 1
         kept.append(replace(response, tokens=response.tokens[:room], mask=mask, is_whole=False))
     return kept
-
-
-def _is_empty(text: Text) -> bool:
-    """Whether there is nothing but white space to read."""
-    if isinstance(text, str):
-        return not text.strip()
-    return all(not message.content.strip() for message in text)
 
 
 def _as_messages(text: Text, role: str) -> tuple[Message, ...]:

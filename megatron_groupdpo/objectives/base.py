@@ -194,6 +194,15 @@ def masked_logsumexp(scores_GK: Tensor, mask_GK: Tensor) -> Tensor:
     return scores_GK.masked_fill(~mask_GK, -math.inf).logsumexp(1)
 
 
+def above_best_negative(scores_GK: Tensor, groups: Groups) -> Tensor:
+    """[G, K]: scores less the group's highest negative one, for losses that a common shift leaves as they are.
+
+    Sums then round at the size of the differences, not at that of the scores.
+    """
+    highest_G = scores_GK.detach().masked_fill(~groups.negatives_GK, -math.inf).amax(1)
+    return scores_GK - highest_G[:, None]
+
+
 def masked_mean(x_GK: Tensor, mask_GK: Tensor) -> Tensor:
     """Mean over the masked-in responses: [G]."""
     return x_GK.masked_fill(~mask_GK, 0.0).sum(1) / mask_GK.sum(1)

@@ -16,8 +16,8 @@ from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.objectives.base import (
     Groups,
     Objective,
+    differences,
     has_distinct_values,
-    masked_logsumexp,
     valued_members,
 )
 
@@ -43,8 +43,10 @@ def target_distribution(groups: Groups, hyperparameters: ValueSoftmaxHyperparame
 def info_nca_loss(scores_GK: Tensor, groups: Groups, hyperparameters: ValueSoftmaxHyperparameters) -> Tensor:
     """Loss [G]."""
     target_GK = target_distribution(groups, hyperparameters).to(scores_GK.dtype)
-    # sum_i q_i = 1, so the LSE can stand inside the sum, where large scores cancel before they are weighted.
-    return (target_GK * (masked_logsumexp(scores_GK, groups.members_GK)[:, None] - scores_GK)).sum(1)
+    # sum_i q_i = 1, so the LSE can stand inside the sum; LSE_j(s_j) - s_i as LSE_j(s_j - s_i), which does not round
+    # at the size of the scores.
+    members_GKK = groups.members_GK[:, None, :]
+    return (target_GK * (-differences(scores_GK)).masked_fill(~members_GKK, -math.inf).logsumexp(2)).sum(1)
 
 
 INFO_NCA = Objective(

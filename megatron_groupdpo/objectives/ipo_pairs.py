@@ -38,7 +38,7 @@ class IpoPairsHyperparameters:
 def ipo_pairs_loss(scores_GK: Tensor, groups: Groups, hyperparameters: IpoPairsHyperparameters) -> Tensor:
     """Loss [G]."""
     beta = hyperparameters.beta
-    return mean_over_pairs((differences(scores_GK / beta) - 1.0 / (2.0 * beta)).square(), groups)
+    return mean_over_pairs((differences(scores_GK) / beta - 1.0 / (2.0 * beta)).square(), groups)
 
 
 IPO_PAIRS = Objective(

@@ -14,6 +14,7 @@ from megatron_groupdpo.objectives.base import (
     Groups,
     Objective,
     PairwiseHyperparameters,
+    above_best_negative,
     all_members,
     has_both_sides,
     masked_mean,
@@ -23,6 +24,7 @@ from megatron_groupdpo.objectives.base import (
 
 def margin_loss(scores_GK: Tensor, groups: Groups, hyperparameters: PairwiseHyperparameters) -> Tensor:
     """Loss [G]."""
+    scores_GK = above_best_negative(scores_GK, groups)
     margin_G = masked_mean(scores_GK, groups.positives_GK) - masked_mean(scores_GK, groups.negatives_GK)
     return preference_loss(margin_G, hyperparameters.label_smoothing)
 

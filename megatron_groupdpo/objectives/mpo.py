@@ -15,6 +15,7 @@ from megatron_groupdpo.objectives.base import (
     Groups,
     NoHyperparameters,
     Objective,
+    above_best_negative,
     all_members,
     has_both_sides,
     masked_logsumexp,
@@ -23,6 +24,7 @@ from megatron_groupdpo.objectives.base import (
 
 def mpo_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:
     """Loss [G]."""
+    scores_GK = above_best_negative(scores_GK, groups)
     positive_G = masked_logsumexp(scores_GK, groups.positives_GK)
     return -logsigmoid(positive_G - masked_logsumexp(scores_GK, groups.negatives_GK))
 

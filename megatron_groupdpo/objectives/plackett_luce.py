@@ -16,6 +16,7 @@ from megatron_groupdpo.objectives.base import (
     Groups,
     NoHyperparameters,
     Objective,
+    differences,
     has_distinct_values,
     ranks,
     valued_members,
@@ -27,8 +28,9 @@ def plackett_luce_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyp
     members_GK = groups.members_GK
     rank_GK = ranks(members_GK, groups.values_GK.nan_to_num(nan=0.0), groups.tie_keys_GK)
     remaining_GKK = (rank_GK[:, None, :] >= rank_GK[:, :, None]) & members_GK[:, None, :]
-    remaining_GK = scores_GK[:, None, :].masked_fill(~remaining_GKK, -math.inf).logsumexp(2)
-    return (remaining_GK - scores_GK).masked_fill(~members_GK, 0.0).sum(1)
+    # LSE_j(s_j) - s_i as LSE_j(s_j - s_i), which does not round at the size of the scores.
+    ahead_GK = (-differences(scores_GK)).masked_fill(~remaining_GKK, -math.inf).logsumexp(2)
+    return ahead_GK.masked_fill(~members_GK, 0.0).sum(1)
 
 
 PLACKETT_LUCE = Objective(

@@ -14,6 +14,7 @@ from megatron_groupdpo.objectives.base import (
     Groups,
     NoHyperparameters,
     Objective,
+    above_best_negative,
     all_members,
     has_both_sides,
     masked_logsumexp,
@@ -23,6 +24,7 @@ from megatron_groupdpo.objectives.base import (
 
 def softmax_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:
     """Loss [G]."""
+    scores_GK = above_best_negative(scores_GK, groups)
     negative_G = masked_logsumexp(scores_GK, groups.negatives_GK)
     return masked_mean(-logsigmoid(scores_GK - negative_G[:, None]), groups.positives_GK)
 

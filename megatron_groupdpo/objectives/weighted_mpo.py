@@ -19,6 +19,7 @@ from megatron_groupdpo.objectives.base import (
     Groups,
     NoHyperparameters,
     Objective,
+    above_best_negative,
     has_both_sides,
     masked_mean,
     valued_members,
@@ -43,6 +44,7 @@ def weighted_mpo_loss(scores_GK: Tensor, groups: Groups, hyperparameters: Weight
     deviation_GK = groups.values_GK - masked_mean(groups.values_GK, groups.members_GK)[:, None]
     sign_GK = groups.labels_GK.to(torch.float64)
     log_weight_GK = hyperparameters.weight_exponent * sign_GK * deviation_GK.masked_fill(~groups.members_GK, 0.0)
+    scores_GK = above_best_negative(scores_GK, groups)  # before the weights are added, which it would round away
     return mpo_loss(scores_GK + log_weight_GK.to(scores_GK.dtype), groups, NoHyperparameters())
 
 

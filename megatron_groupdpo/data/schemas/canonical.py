@@ -1,10 +1,13 @@
 """``{"prompt", "responses": [{"text", "score"?, "rank"?, "label"?, "ref_logp"?}]}``: the project's own form.
 
-``score`` may be an object of named scores (see ``--score-weights``). A ``rank`` (1 is best) is used where there
-is no score.
+``score`` may be an object of named scores (see ``--score-weights``). A ``rank`` (1 is best) is used in groups
+without scores.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_groupdpo.data.schemas import fields
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
@@ -24,9 +27,21 @@ def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError on any field that is missing or of another type."""
     prompt = fields.text(fields.field(record, "prompt", where), "prompt", where)
     responses = fields.items(fields.field(record, "responses", where), "responses", where)
+    _check_one_scale(responses, where)
     return fields.group(
         prompt, [_response(r, f"responses[{i}]", where, options) for i, r in enumerate(responses)], where
     )
+
+
+def _check_one_scale(responses: Sequence[Any], where: str) -> None:
+    entries = [entry for entry in responses if isinstance(entry, Mapping)]
+    num_scored = sum(entry.get("score") is not None for entry in entries)
+    num_ranked = sum(entry.get("score") is None and entry.get("rank") is not None for entry in entries)
+    if num_scored and num_ranked:
+        raise DataError(
+            f"{where}: of the responses, {num_scored} have a score and {num_ranked} only a rank, which cannot be "
+            "compared; give all of a group the one or the other"
+        )
 
 
 def _response(entry: Record, name: str, where: str, options: SchemaOptions) -> ResponseRecord:

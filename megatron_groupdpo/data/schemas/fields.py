@@ -33,9 +33,11 @@ def weights_from(given: Sequence[str] | None) -> dict[str, float] | None:
     """``--score-weights NAME=WEIGHT ...`` as a mapping; ConfigError on anything else."""
     if given is None:
         return None
-    weights = {}
+    weights: dict[str, float] = {}
     for item in given:
         name, _, weight = item.rpartition("=")
+        if name in weights:
+            raise ConfigError(f"--score-weights gives {name!r} twice; give each score one weight")
         try:
             weights[name] = float(weight)
         except ValueError:

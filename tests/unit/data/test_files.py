@@ -133,12 +133,35 @@ def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes, mes
     assert str(caught.value).startswith(f"{tmp_path}/{message}")
 
 
-@pytest.mark.parametrize("cut", [30, 60])
-def test_a_truncated_zstd_archive_is_refused(tmp_path: Path, cut: int):
+def zstd_of_many_blocks() -> bytes:
+    """Two frames; flushing ends a block at each record, so that a cut there leaves whole lines."""
+    frames = []
+    for _ in range(2):
+        compressor = zstandard.ZstdCompressor().compressobj()
+        blocks = [
+            compressor.compress(json.dumps(record).encode() + b"\n")
+            + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+            for record in RECORDS
+        ]
+        frames.append(b"".join(blocks) + compressor.flush())
+    return b"".join(frames)
+
+
+def test_every_frame_of_a_zstd_archive_is_read(tmp_path: Path):
     path = tmp_path / "a.jsonl.zst"
-    path.write_bytes(zstandard.compress(LINES.encode() * 50)[:cut])
-    with pytest.raises(DataError, match=r"a\.jsonl\.zst"):
-        list(read_records(str(path)))
+    path.write_bytes(zstd_of_many_blocks())
+    assert [record for record, _ in read_records(str(path))] == RECORDS * 2
+
+
+def test_a_zstd_archive_cut_at_any_byte_is_refused(tmp_path: Path):
+    whole = zstd_of_many_blocks()
+    path = tmp_path / "a.jsonl.zst"
+    for cut in range(len(whole)):
+        if cut == len(whole) // 2:  # between the frames, where nothing is missing that the format knows of
+            continue
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst: (the archive is cut short|the file holds no record)"):
+            list(read_records(str(path)))
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions, choose_schema, schema_named
+from megatron_groupdpo.data.schemas.fields import weights_from
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import GroupRecord, Message
 
@@ -140,6 +141,20 @@ def test_half_scored_groups_are_refused():
     record = {"prompt": "Q", "responses": [{"text": "a", "score": 1}, {"text": "b"}]}
     with pytest.raises(DataError, match="either every response of a group has a value or none"):
         read("canonical", record)
+
+
+def test_a_score_and_a_rank_are_no_one_scale():
+    record = {"prompt": "Q", "responses": [{"text": "a", "score": 1}, {"text": "b", "rank": 1}]}
+    with pytest.raises(DataError, match=r"f\.jsonl:7: of the responses, 1 have a score and 1 only a rank"):
+        read("canonical", record)
+    record["responses"][1]["score"] = 2
+    assert [response.value for response in read("canonical", record).responses] == [1, 2]
+
+
+def test_a_score_has_one_weight():
+    assert weights_from(["a=1", "b=0.5"]) == {"a": 1, "b": 0.5}
+    with pytest.raises(ConfigError, match="--score-weights gives 'a' twice"):
+        weights_from(["a=1", "a=2"])
 
 
 def test_messages_are_read_for_prompts_and_responses():

@@ -75,6 +75,22 @@ def test_empty_texts_are_dropped_and_counted(plain):
     assert tokenize(plain, " ", "b", "c") == (None, Counter({why.EMPTY_PROMPT: 1}))
 
 
+def test_what_the_tokenizer_leaves_out_is_empty(train_sentencepiece, tmp_path):
+    """SentencePiece's usual normalisation deletes zero-width spaces: the end token would be the whole response."""
+    model = str(train_sentencepiece(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True))
+    (tmp_path / "chat.jinja").write_text(STYLES["mistral"][0])
+    options = TokenizerOptions(kind="SentencePieceTokenizer", model=model, chat_template=str(tmp_path / "chat.jinja"))
+    tokenizer = load_tokenizer(options)
+    for apply_chat_template in (False, True):
+        group, counts = tokenize(
+            tokenizer, "A", "b", "\u200b", "!", "\ufeff\n", apply_chat_template=apply_chat_template
+        )
+        assert [response.index for response in group.responses] == [0, 2]
+        assert +counts == {why.EMPTY_RESPONSE: 2}
+        nothing = tokenize(tokenizer, "\u200b", "b", apply_chat_template=apply_chat_template)
+        assert nothing == (None, Counter({why.EMPTY_PROMPT: 1}))
+
+
 def test_conversations_agree_with_transformers(chat_folder):
     reference = transformers.AutoTokenizer.from_pretrained(chat_folder)
     prompt, answers = turns("How many apples?"), ("There are 12.", "None =\n 0")

@@ -263,6 +263,17 @@ def test_extreme_scores_stay_finite(name, options, dtype):
             assert float(c.abs().max()) <= 6.0
 
 
+@every_case
+def test_a_large_common_part_of_the_scores_costs_no_precision(name, options):
+    if name in ("nca", "group_bce"):
+        return  # these two act on absolute scores
+    scores = (random_scores() * 1024).round() / 1024  # so that fp32 holds the sums below exactly
+    near = loss_and_coefficients(name, scores, LABELS, VALUES, tie_keys_GK=KEYS, **options)
+    far = loss_and_coefficients(name, scores.float() + 8192, LABELS, VALUES, tie_keys_GK=KEYS, **options)
+    for expected, found in zip(near, far):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_step_zero_losses_have_their_closed_forms():
     zeros = torch.zeros_like(VALUES)
     num_p, num_n = (LABELS == 1).sum(1).double(), (LABELS == -1).sum(1).double()
