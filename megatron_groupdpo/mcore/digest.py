@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import zlib
@@ -26,8 +27,8 @@ _EXPERT = re.compile(
 """Of a layer: experts as modules, and as weights of a grouped product, which are then named like the former."""
 
 
-def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.device) -> str:
-    """Hash over every weight's name, dtype, shape and bits; 16 hex digits, equal on all ranks.
+def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.device, function: str = "") -> str:
+    """Hash over every weight's name, dtype, shape and bits, and ``function``; 16 hex digits, equal on all ranks.
 
     Each element contributes a hash of its place in the whole tensor times its bits, and contributions add up modulo
     2^64, so shards may be cut and summed in any way. Rows that pad the vocabulary are left out: how many there are
@@ -38,7 +39,8 @@ def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.devi
     for shard in _own_shards(chunks):
         total += _shard_hash(shard, vocab_size)
     dist.all_reduce(total)
-    return f"{int(total) & (2**64 - 1):016x}"
+    own = int.from_bytes(hashlib.sha256(function.encode()).digest()[:8], "big") if function else 0
+    return f"{(int(total) + own) & (2**64 - 1):016x}"
 
 
 def count_parameters(chunks: Sequence[Any], *, device: torch.device) -> int:

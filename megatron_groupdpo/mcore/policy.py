@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ class Policy:
         return count_parameters(self.chunks, device=self.ranks.device)
 
     def weights_digest(self) -> str:
-        """Layout-independent digest of the weights; a collective call."""
+        """Layout-independent digest of the weights, and of what the model computes with them; a collective call."""
         assert self.model.vocab_size is not None
-        return weights_digest(self.chunks, vocab_size=self.model.vocab_size, device=self.ranks.device)
+        return weights_digest(
+            self.chunks, vocab_size=self.model.vocab_size, device=self.ranks.device, function=function_of(self.model)
+        )
 
 
 def build_policy(
@@ -131,6 +134,14 @@ def resolved(model: ModelConfig) -> ModelConfig:
         num_query_groups=model.num_query_groups or model.num_attention_heads,
         kv_channels=model.kv_channels or model.hidden_size // model.num_attention_heads,
     )
+
+
+def function_of(model: ModelConfig) -> str:
+    """The fields that log-probabilities depend on beside the weights, as text: two models with equal weights and other
+    RoPE bases, say, are two references."""
+    only_sizes = {"vocab_size", "make_vocab_size_divisible_by", "max_position_embeddings"}
+    fields = {name: value for name, value in model_identity(model).items() if name not in only_sizes}
+    return json.dumps(fields, sort_keys=True)
 
 
 def model_identity(model: ModelConfig) -> dict[str, Any]:

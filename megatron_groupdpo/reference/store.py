@@ -25,7 +25,7 @@ from megatron_groupdpo.data.store import TokenStore
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.reference.content import open_hashes, take_over
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Raised by hand when the meaning of the stored numbers changes."""
 _LOGPS, _CONTENT, _META = "logps.npy", "content.bin", "meta.json"
 
@@ -36,6 +36,7 @@ class ReferenceKey:
 
     store_digest: str
     weights_digest: str
+    """Of the weights and of what the model computes with them: ``Policy.weights_digest``."""
     precision: str
     """``fp32``, ``bf16`` or an FP8 recipe: :func:`megatron_groupdpo.config.fp8.precision_name`."""
     scoring_version: int = SCORING_VERSION

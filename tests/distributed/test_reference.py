@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rank_pool import RankPool
+from rank_pool import RankPool, RanksFailed
 from tiny_run import TinyData, preprocess, read_metrics, refusal_on_rank, train_on_rank, write_groups
 
 ConfigFile = Callable[..., Path]
@@ -51,8 +52,9 @@ def score_on_rank(
     layout: dict[str, Any],
     sizes: dict[str, int] | None = None,
     groups_per_batch: int = 3,
+    changes: dict[str, Any] | None = None,
 ) -> Outcome:
-    """``score_store`` as the tool calls it."""
+    """``score_store`` as the tool calls it; ``changes`` to the model that has the checkpoint's weights."""
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
     from megatron_groupdpo.data.planner import plan_options
     from megatron_groupdpo.data.store import TokenStore
@@ -66,6 +68,7 @@ def score_on_rank(
 
     try:
         policy = load_policy(Path(checkpoint), parallel, PrecisionConfig(), ranks)
+        policy = dataclasses.replace(policy, model=dataclasses.replace(policy.model, **changes or {}))
         score = policy.engine.score
 
         def counting(microbatches: Any, num_responses: int) -> Any:
@@ -207,6 +210,20 @@ def losses_with(
 
 
 RESIDENT: dict[str, Any] = {"reference": "resident", "reference_logprobs": None}
+
+
+def test_equal_weights_in_another_model_are_another_reference(
+    pool: RankPool, start: Path, tiny_data: TinyData, tmp_path: Path
+):
+    """A norm's epsilon is in no tensor, and in every log-probability."""
+    arguments = (str(start), str(tiny_data.store), str(tmp_path / "scored"), {}, PADDED, 3)
+    pool.run(1, score_on_rank, *arguments)
+    before = stored(tmp_path / "scored")
+    with pytest.raises(RanksFailed, match=r"scored with weights_digest '.*score into another folder"):
+        pool.run(1, score_on_rank, *arguments, {"norm_epsilon": 1e-3})
+    assert np.array_equal(stored(tmp_path / "scored"), before)
+    (again,) = pool.run(1, score_on_rank, *arguments, {"max_position_embeddings": 4096})
+    assert again.num_run == 0, "how many positions there are is no part of the function"
 
 
 @pytest.mark.parametrize("name", ["pp2", "cp2", "packed", "packed-cp2", "packed-pp2-dp2"])

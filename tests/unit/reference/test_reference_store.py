@@ -16,7 +16,13 @@ from megatron_groupdpo.data.store_writer import StoreIdentity, StoreWriter
 from megatron_groupdpo.data.work_folder import whole_folder
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.reference.content import content_hashes, group_hashes, take_over
-from megatron_groupdpo.reference.store import ReferenceKey, ReferenceLogProbs, ReferenceWriter, store_folder
+from megatron_groupdpo.reference.store import (
+    SCORING_VERSION,
+    ReferenceKey,
+    ReferenceLogProbs,
+    ReferenceWriter,
+    store_folder,
+)
 
 IDENTITY = {"kind": "SentencePieceTokenizer", "model": "m", "chat_template": None, "digest": "d", "vocab_size": 500}
 
@@ -168,7 +174,7 @@ def test_a_kill_while_hashing_leaves_no_hashes(tmp_path: Path):
     [
         ("weights_digest", "v" * 16, "w" * 16),
         ("precision", "bf16", "fp32"),
-        ("scoring_version", 0, 1),
+        ("scoring_version", 0, SCORING_VERSION),
         ("store_digest", "0" * 64, None),
     ],
 )
