@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -158,3 +158,23 @@ def its_optimizer() -> Iterator[None]:
     finally:
         for file, names in kept:
             vars(file).update(names)
+
+
+def suite_points(names: Sequence[str], sizes: Mapping[str, Any] | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Parts of the GPU suite on toy sizes, or on ``sizes``, in its layers; recipes without stand-ins are left out."""
+    import gpu_step
+    from gpu_parts import PARTS, Context
+
+    kept = gpu_step.refusal, dict(gpu_step._TINY)
+    gpu_step.refusal = lambda setting, _context: (
+        "its blocks have no stand-in here" if setting.precision in ("fp8-blockwise", "fp8-mxfp8") else None
+    )
+    gpu_step._TINY |= sizes or {}
+    for name in two_pass_case.ATTENTION_VARIABLES:
+        os.environ.pop(name, None)
+    context = Context(device="cpu", tiny=True, output=Path())
+    try:
+        with layers_allowed_on_a_cpu(), its_optimizer():
+            return {name: list(PARTS[name].run(context)) for name in names}
+    finally:
+        gpu_step.refusal, gpu_step._TINY = kept[0], kept[1]

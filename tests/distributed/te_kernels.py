@@ -303,3 +303,8 @@ def multi_tensor_adam(
         second.lerp_(g * g, 1 - beta2)
         update = (first / correction1) / ((second / correction2).sqrt() + eps)
         parameter.sub_(lr * (update + weight_decay * parameter if mode else update))
+
+
+def get_fused_attn_backend(*_: Any) -> Any:
+    """There is none, so that attention is the one in PyTorch."""
+    return NVTE_Fused_Attn_Backend.NVTE_No_Backend

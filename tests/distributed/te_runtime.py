@@ -27,6 +27,13 @@ def problem() -> str | None:
     return None
 
 
+def version() -> str:
+    """Of the package."""
+    folder = _package()
+    assert folder is not None, problem()
+    return _version(folder)
+
+
 def call(module: str, function: str, *args: Any, **kwargs: Any) -> Any:
     """A function of a module of this folder, after :func:`start`; what the ranks of a pool are given."""
     start()

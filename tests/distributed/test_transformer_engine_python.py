@@ -141,3 +141,32 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     result = one(te_pool, "resume", precision, str(tmp_path), sharded)
     assert result["whole"]["optimizer"] == "Transformer Engine's FusedAdam"
     assert result["resumed"] == result["whole"]
+
+
+@pytest.fixture(scope="module")
+def suite(te_pool: RankPool) -> dict[str, list[dict[str, Any]]]:
+    (points,) = te_pool.run(1, te_runtime.call, "te_case", "suite_points", SUITE_PARTS, timeout=400)
+    return points
+
+
+SUITE_PARTS = ("groups-1b-fp8", "variants-1b", "lengths-1b", "fp8-gradients", "fp8-curve")
+
+
+def test_the_gpu_suites_parts_with_fp8_measure(suite: dict[str, list[dict[str, Any]]]):
+    points = [point for part in suite.values() for point in part]
+    assert [point["error"] for point in points if "error" in point] == []
+    assert {point["refused"] for point in points if "refused" in point} == {"its blocks have no stand-in here"}
+    variants = {point["variant"]: point for point in suite["variants-1b"] if "refused" not in point}
+    assert {"TE layers, packed", "FP8 tensorwise", "FP8 delayed", "full recomputation"} <= variants.keys()
+    assert all(point["score_drift"] == 0.0 for point in variants.values())
+
+
+def test_fp8_gradients_point_where_those_of_fp32_do(suite: dict[str, list[dict[str, Any]]]):
+    rows = [point for point in suite["fp8-gradients"] if "objective" in point]
+    of_fp8 = [row for row in rows if row["precision"].startswith("fp8")]
+    assert {row["precision"] for row in of_fp8} == {"fp8-tensorwise", "fp8-delayed"}
+    for row in of_fp8:
+        assert 0.99 < row["gradient_cosine"] < 0.99999, row
+        assert row["coefficient_error"] < 0.02, row
+        assert not row["drift"], row
+    assert {point["inside"] for point in suite["fp8-curve"] if "inside" in point} == {True}
