@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,19 @@ class ExportOptions:
     max_shard_size: int = 5 * 10**9
     """Bytes of tensors in one file; a larger tensor has a file of its own."""
     overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dtypes:
+    """Of an export's tensors."""
+
+    most: torch.dtype
+    others: Mapping[str, torch.dtype] = field(default_factory=dict)
+    """By tensor, where the import found several."""
+
+    def of(self, name: str) -> torch.dtype:
+        """A tensor's."""
+        return self.others.get(name, self.most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +117,10 @@ def export_checkpoint(
     elif with_tokenizer:
         own = tokenizers.of_checkpoint(common["config"].get("tokenizer"), folder, model)
     plan = conversion_plan(form.family, model)
-    dtype = _dtype(options, kept, weights_dtype(folder))
+    dtypes = _dtypes(options, kept, weights_dtype(folder))
     whole = checkpoint_tensors(folder, plan)
     with new_folder(output, overwrite=options.overwrite, marker=CONFIG, source=checkpoint) as partial:
-        return _write_folder(partial, output, form, plan, whole, dtype, options.max_shard_size, own)
+        return _write_folder(partial, output, form, plan, whole, dtypes, options.max_shard_size, own)
 
 
 def export_hf(
@@ -138,14 +151,14 @@ def export_hf(
     """
     form = choose_form(policy.model, options, kept)
     plan = conversion_plan(form.family, policy.model)
-    dtype = _dtype(options, kept, policy.config.params_dtype)
+    dtypes = _dtypes(options, kept, policy.config.params_dtype)
     whole = gathered_tensors(policy, plan)
 
     def write() -> ExportReport:
         rules: dict[str, Any] = {"overwrite": options.overwrite, "marker": CONFIG, "source": source}
         try:
             with new_folder(output, **rules) as partial:
-                return _write_folder(partial, output, form, plan, whole, dtype, options.max_shard_size, tokenizer)
+                return _write_folder(partial, output, form, plan, whole, dtypes, options.max_shard_size, tokenizer)
         finally:
             exhaust(whole)  # after an error too: the other ranks send all they have
 
@@ -180,14 +193,14 @@ def _write_folder(
     form: Form,
     plan: Mapping[Key, Pair],
     whole: Iterable[tuple[Key, Tensor | None]],
-    dtype: torch.dtype,
+    dtypes: Dtypes,
     max_shard_size: int,
     tokenizer: ModelTokenizer | None,
 ) -> ExportReport:
     """Everything of an export, into ``folder``, which will be ``output``."""
     ids = _token_ids(None if tokenizer is None else tokenizer.tokenizer)
     config = form.config if form.kept is not None else {**form.config, **ids}
-    write_json(folder / CONFIG, _with_dtype(config, dtype, form.kept), text=form.texts.get(CONFIG))
+    write_json(folder / CONFIG, _with_dtype(config, dtypes, form.kept), text=form.texts.get(CONFIG))
     if form.generation_config is not None:
         text = form.texts.get(GENERATION_CONFIG)
         write_json(folder / GENERATION_CONFIG, form.generation_config, text=text)
@@ -196,7 +209,7 @@ def _write_folder(
     if tokenizer is not None:
         tokenizer.write(folder)
     shapes = {name: shape for pair in plan.values() for name, shape in pair.hf.items()}
-    total = sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+    total = sum(torch.Size(shape).numel() * dtypes.of(name).itemsize for name, shape in shapes.items())
 
     def hf_tensors(bar: Any) -> Iterator[tuple[str, Tensor]]:
         for key, tensor in whole:
@@ -206,14 +219,16 @@ def _write_folder(
             while parts:  # each is let go when the next is asked for
                 name = next(iter(parts))
                 yield name, parts[name]
-                bar.update(parts.pop(name).numel() * dtype.itemsize)
+                bar.update(parts.pop(name).numel() * dtypes.of(name).itemsize)
 
     with byte_bar(f"write {output}", total) as bar:
-        num_files, num_bytes = write_shards(folder, shapes, hf_tensors(bar), dtype=dtype, max_shard_size=max_shard_size)
+        num_files, num_bytes = write_shards(
+            folder, shapes, hf_tensors(bar), dtype_of=dtypes.of, max_shard_size=max_shard_size
+        )
     return ExportReport(
         folder=output,
         architecture=form.family.architecture,
-        dtype=dtype,
+        dtype=dtypes.most,
         num_files=num_files,
         num_bytes=num_bytes,
         has_tokenizer=tokenizer is not None,
@@ -247,13 +262,19 @@ def choose_form(model: ModelConfig, options: ExportOptions, kept: Mapping[str, A
     return Form(family=family, config=header | config, kept=None, generation_config=generation, texts=texts)
 
 
-def _dtype(options: ExportOptions, kept: Mapping[str, Any] | None, own: torch.dtype) -> torch.dtype:
+def _dtypes(options: ExportOptions, kept: Mapping[str, Any] | None, own: torch.dtype) -> Dtypes:
     if options.dtype != "keep":
-        return DTYPES[options.dtype]
-    return DTYPES[kept["dtype"]] if kept is not None else own
+        return Dtypes(most=DTYPES[options.dtype])
+    if kept is None:
+        return Dtypes(most=own)
+    others = {name: DTYPES[dtype] for name, dtype in kept.get("tensor_dtypes", {}).items()}
+    return Dtypes(most=DTYPES[kept["dtype"]], others=others)
 
 
-def _with_dtype(config: dict[str, Any], dtype: torch.dtype, kept: Mapping[str, Any] | None) -> dict[str, Any]:
+def _with_dtype(config: dict[str, Any], dtypes: Dtypes, kept: Mapping[str, Any] | None) -> dict[str, Any]:
+    if dtypes.others:
+        return config  # what it says of several dtypes, it says as before
+    dtype = dtypes.most
     # transformers before 5 calls the field torch_dtype, and 5 reads either
     field = "torch_dtype" if "torch_dtype" in config else "dtype"
     if field not in config and kept is not None and DTYPES[kept["dtype"]] == dtype:

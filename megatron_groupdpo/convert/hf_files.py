@@ -70,7 +70,16 @@ class HfWeights:
         Raises:
             CheckpointError: a tensor is not of floating point numbers (quantized, for example).
         """
-        found = set()
+        found = set(self.dtypes(names).values())
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def dtypes(self, names: set[str]) -> dict[str, torch.dtype]:
+        """The dtype of each of the named tensors.
+
+        Raises:
+            CheckpointError: as :meth:`dtype`.
+        """
+        found = {}
         for name in sorted(names):
             dtype = self._places[name].dtype
             if dtype not in _DTYPES or dtype == "F64":
@@ -78,8 +87,8 @@ class HfWeights:
                     f"{self._places[name].file}: tensor {name!r} is of type {dtype}; only F32, F16 and BF16 can be "
                     "converted. Save the model in one of them"
                 )
-            found.add(_DTYPES[dtype])
-        return found.pop() if len(found) == 1 else torch.float32
+            found[name] = _DTYPES[dtype]
+        return found
 
     def read(self, name: str, window: tuple[slice, ...] = ()) -> Tensor:
         """The tensor, or a window of it, in host memory; of the rows outside the window nothing is read."""

@@ -64,6 +64,12 @@ class HfModel:
         """Of the weights."""
         return self.weights.dtype(set(self.names.values()))
 
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Of each tensor of the plan; equal in most models."""
+        found = self.weights.dtypes(set(self.names.values()))
+        return {name: found[own] for name, own in self.names.items()}
+
     def read(self, key: Key) -> Tensor:
         """The whole Megatron tensor, in the files' dtype, without rows that pad the vocabulary."""
         pair = self.plan[key]

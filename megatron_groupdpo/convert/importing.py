@@ -138,9 +138,14 @@ def kept_of(source: HfModel, dtype: str = "keep") -> dict[str, Any]:
     Raises:
         CheckpointError: generation_config.json is not JSON.
     """
+    names = {value: name for name, value in DTYPES.items()}
+    others: dict[str, str] = {}
     if dtype == "keep":
-        dtype = next(name for name, value in DTYPES.items() if value == source.dtype)
+        dtype = names[source.dtype]
+        others = {name: names[own] for name, own in source.dtypes.items() if names[own] != dtype}
     kept: dict[str, Any] = {"family": source.family.name, "dtype": dtype, "config": source.config}
+    if others:
+        kept["tensor_dtypes"] = others
     kept["texts"] = {CONFIG: (source.folder / CONFIG).read_text(encoding="utf-8")}
     file = source.folder / GENERATION_CONFIG
     if file.exists():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ def write_shards(
     shapes: Mapping[str, tuple[int, ...]],
     tensors: Iterable[tuple[str, Tensor]],
     *,
-    dtype: torch.dtype,
+    dtype_of: Callable[[str], torch.dtype],
     max_shard_size: int,
 ) -> tuple[int, int]:
-    """Write the tensors, which come in the order of ``shapes``; one file's are held at a time.
+    """Write the tensors, which come in the order of ``shapes``, each in its dtype; one file's are held at a time.
 
     Returns:
         The numbers of files and of bytes of tensors.
@@ -32,13 +32,13 @@ def write_shards(
     Raises:
         OSError: the disk fails.
     """
-    sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: torch.Size(shape).numel() * dtype_of(name).itemsize for name, shape in shapes.items()}
     files = assign_files(sizes, max_shard_size)
     counts = Counter(files.values())
     held: dict[str, Tensor] = {}
     for name, tensor in tensors:
         # clone: a view of a larger tensor would be written with all of its storage
-        held[name] = tensor.to(device="cpu", dtype=dtype).clone(memory_format=torch.contiguous_format)
+        held[name] = tensor.to(device="cpu", dtype=dtype_of(name)).clone(memory_format=torch.contiguous_format)
         assert held[name].shape == torch.Size(shapes[name]), name
         file = files[name]
         if len(held) == counts[file]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,6 +152,27 @@ def test_experts_that_files_join_come_back_one_by_one(name: str, hf_models: HfMo
     import_hf(joined, tmp_path / "checkpoint", ImportOptions(), ranks)
     export_checkpoint(tmp_path / "checkpoint", back, ExportOptions())
     assert (back / "model.safetensors").read_bytes() == (hf_models(name) / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llama-untied", "mixtral"])
+def test_tensors_of_several_dtypes_come_back_each_in_its_own(
+    name: str, hf_models: HfModels, ranks: Ranks, tmp_path: Path
+):
+    folder, back = tmp_path / "mixed", tmp_path / "back"
+    shutil.copytree(hf_models(name), folder)
+    kinds = (torch.bfloat16, torch.float32, torch.float16)
+    mixed = {name: tensor.to(kinds[index % 3]) for index, (name, tensor) in enumerate(tensors_of(folder).items())}
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"})
+    )
+    import_hf(folder, tmp_path / "checkpoint", ImportOptions(), ranks)
+    export_checkpoint(tmp_path / "checkpoint", back, ExportOptions())
+    assert (back / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (back / "config.json").read_bytes() == (folder / "config.json").read_bytes()
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "bf16", ExportOptions(dtype="bf16"))
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "bf16").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_checkpoint_imported_in_bf16_loads_in_fp32_and_bf16(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
