@@ -205,7 +205,7 @@ def build_model(
             if transformer_impl == "transformer_engine"
             else local_layer_spec(model, config, vp_stage)
         )
-        chunk = GPTModel(
+        chunk = _gpt_model(
             config=config,
             transformer_layer_spec=spec,
             vocab_size=padded_vocab_size(
@@ -232,6 +232,13 @@ def build_model(
             chunk.embedding.register_forward_hook(partial(_scaled, scale))
         chunks.append(chunk.to(torch.cuda.current_device()))
     return chunks
+
+
+def _gpt_model(**arguments: Any) -> GPTModel:
+    try:
+        return GPTModel(**arguments)
+    except AssertionError as error:  # say of NVTE_* variables that do not go with attention_backend
+        raise ConfigError(f"Megatron-Core refuses this model or layout: {error}") from error
 
 
 def _scaled(scale: float, _module: torch.nn.Module, _inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:

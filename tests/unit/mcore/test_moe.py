@@ -1,4 +1,4 @@
-"""The router of our layer spec: what transformers does, the same with and without gradients."""
+"""Mixtures: the router of our layer spec is that of transformers, the same with and without gradients; refusals."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.model import transformer_config
 from megatron_groupdpo.mcore.moe import SoftmaxRouter
 from megatron_groupdpo.mcore.policy import build_policy
@@ -96,3 +97,11 @@ def test_the_router_computes_in_the_precision_asked_for(ranks: Ranks, dtype: str
     ours = router(ranks, moe_router_dtype=dtype).to(torch.bfloat16)
     weights_TE, _ = ours(torch.randn(8, 1, HIDDEN).to(torch.bfloat16))
     assert weights_TE.dtype == {"fp32": torch.float32, "fp64": torch.float64}[dtype]
+
+
+def test_an_environment_that_contradicts_the_attention_backend_is_answered_in_one_line(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("NVTE_FLASH_ATTN", "0")
+    with pytest.raises(ConfigError, match="NVTE_FLASH_ATTN set to 0, but expected 1"):
+        build_policy(model(), ParallelConfig(), PrecisionConfig(), ranks, seed=0, training=False)
