@@ -189,8 +189,8 @@ def load_training(
         raise CheckpointError(
             f"{folder} holds optimizer state of kind {common['optimizer_kind']!r}, this run needs "
             f"{_optimizer_kind(optimizer)!r}; set --use-distributed-optimizer and --optimizer as they were, take the "
-            "package whose optimizer it was (FusedAdam: Transformer Engine or Apex, on a GPU; AdamW: torch), or start from "
-            "the weights alone with --finetune"
+            "package whose optimizer it was (FusedAdam: Transformer Engine or Apex, on a GPU; AdamW: torch), or start "
+            "from the weights alone with --finetune"
         )
     _load_into(folder, chunks, optimizer)
     return load_progress(folder, schedule)
