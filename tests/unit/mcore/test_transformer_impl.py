@@ -71,8 +71,13 @@ def test_a_model_that_its_attention_cannot_be_is_refused_and_auto_says_so(instal
         ({"apply_rope_fusion": True}, "apply_rope_fusion needs"),
     ],
 )
-def test_auto_never_drops_an_option_that_only_transformer_engine_has(precision: dict[str, Any], named: str):
+def test_auto_never_drops_an_option_that_only_transformer_engine_has(
+    precision: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+):
     """Megatron itself ignores ``fp8`` without it, in silence."""
+    from megatron_groupdpo.mcore import te_fp8
+
+    monkeypatch.setattr(te_fp8, "transformer_engine_problem", lambda: "importing it fails (say why)")
     for device, why in ((CPU, "the run's device is the CPU"), (CUDA, "importing it fails")):
         with pytest.raises(ConfigError, match=re.escape(named)) as refusal:
             choice("auto", device, precision=precision)
