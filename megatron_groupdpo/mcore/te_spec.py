@@ -33,6 +33,7 @@ from megatron_groupdpo.mcore.layer import PostNormLayer
 from megatron_groupdpo.mcore.moe import grouped_mixture_mlp
 from megatron_groupdpo.mcore.norm import AcrossHeadsRMSNorm
 from megatron_groupdpo.mcore.rotary import TwoRopeSelfAttention, score_factor
+from megatron_groupdpo.mcore.te_grouped import scales_by_expert
 
 _NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -65,8 +66,8 @@ def transformer_engine_parts() -> LayerParts:
         row=te.TERowParallelLinear,
         core_attention=te.TEDotProductAttention,
         norm=te.TENorm,
-        grouped_column=te.TEColumnParallelGroupedLinear,
-        grouped_row=te.TERowParallelGroupedLinear,
+        grouped_column=scales_by_expert(te.TEColumnParallelGroupedLinear),
+        grouped_row=scales_by_expert(te.TERowParallelGroupedLinear),
     )
 
 

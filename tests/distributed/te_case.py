@@ -14,12 +14,13 @@ import two_pass_case
 from fused_layers import sized
 from layout_case import LayoutCase
 from layout_run import RankResult, run_case
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from two_pass_case import Case, Runner, agreement, one_rank
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.mcore import host_device, kernels, te_fp8
-from megatron_groupdpo.mcore.checkpoint import Progress, load_training, save_checkpoint
+from megatron_groupdpo.mcore.checkpoint import Progress, load_training, load_weights, save_checkpoint
 from megatron_groupdpo.mcore.optimizer import optimizer_origin
 
 UNFUSED = {"attention_backend": "unfused"}
@@ -112,6 +113,30 @@ def resume(precision: Mapping[str, Any], folder: str, sharded: bool) -> dict[str
         whole = _steps(case, 3, load=None, save=None)
         _steps(case, 2, load=None, save=Path(folder))
         return {"whole": whole, "resumed": _steps(case, 1, load=Path(folder), save=None)}
+
+
+def expert_scales(folder: str, save: bool, parallel: Mapping[str, Any]) -> dict[str, Any]:
+    """Delayed scales of each expert, by its number: after a step that is saved, or as loaded on a layout."""
+    precision = UNFUSED | {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "delayed"}
+    case = Case(model=sized("mixtral"), precision=precision, packed=True, parallel=parallel)
+    with layers_allowed_on_a_cpu(), one_rank("cpu", **parallel) as ranks:
+        runner = Runner(case, ranks)
+        policy = runner.policy
+        if save:
+            runner.step()
+            save_checkpoint(Path(folder), policy.chunks, progress=Progress(), model=policy.identity, config={})
+        else:
+            load_weights(Path(folder) / "iter_0000000", policy.chunks, model=policy.identity)
+        found = {}
+        for name, module in policy.chunks[0].named_modules():
+            if name.endswith(("experts.linear_fc1", "experts.linear_fc2")):
+                first = parallel_state.get_expert_model_parallel_rank() * module.num_gemms
+                for key, count in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+                    state = module.fp8_meta[key]
+                    scales = torch.cat([state.scale[None], state.amax_history]).unflatten(-1, (-1, count))
+                    for expert in range(module.num_gemms):
+                        found[name, key, first + expert] = scales[:, expert].tolist()
+        return found
 
 
 def _steps(case: Case, num_steps: int, *, load: Path | None, save: Path | None) -> dict[str, Any]:

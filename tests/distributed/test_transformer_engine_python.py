@@ -170,3 +170,13 @@ def test_fp8_gradients_point_where_those_of_fp32_do(suite: dict[str, list[dict[s
         assert row["coefficient_error"] < 0.02, row
         assert not row["drift"], row
     assert {point["inside"] for point in suite["fp8-curve"] if "inside" in point} == {True}
+
+
+def test_experts_keep_their_scales_on_every_layout(te_pool: RankPool, tmp_path: Path):
+    """A checkpoint is cut expert by expert; each has its own scales wherever it is loaded."""
+    arguments = ("te_case", "expert_scales", str(tmp_path))
+    (saved,) = te_pool.run(1, te_runtime.call, *arguments, True, {})
+    assert len({str(scales) for scales in saved.values()}) > len(saved) / 2, "scales that are alike show nothing"
+    assert te_pool.run(1, te_runtime.call, *arguments, False, {}) == [saved]
+    halves = te_pool.run(2, te_runtime.call, *arguments, False, {"expert_model_parallel_size": 2})
+    assert halves[0] | halves[1] == saved
