@@ -157,6 +157,7 @@ class Bench:
         setting = self.setting
         plan = plan_options(
             self.parallel,
+            precision=self.policy.precision,
             data_parallel_size=1,
             micro_batch_size=None if setting.packed else setting.micro_batch_size,
             max_tokens_per_microbatch=setting.micro_batch_size * length if setting.packed else None,

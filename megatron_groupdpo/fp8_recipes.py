@@ -5,7 +5,8 @@ product of 8 (``pytorch/utils.py``, ``assert_dim_for_fp8_exec``), and the weight
 tokens, needs 16 (``pytorch/quantization.py``, ``get_align_size_for_quantization``: 32 for mxfp8). The blocks of mxfp8
 have 32 elements, those of blockwise 128; what sequence parallelism gathers must hold whole blocks in both directions
 (``tensor/mxfp8_tensor.py`` and ``tensor/float8_blockwise_tensor.py``, ``is_quantizable``). Blocks are kept whole on
-every layout, so that which tokens share one does not depend on it.
+every layout, so that which tokens share one does not depend on it; but those of an expert's tokens, which Megatron pads
+to 16 (32 for mxfp8) expert by expert.
 """
 
 from __future__ import annotations

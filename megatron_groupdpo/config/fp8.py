@@ -107,6 +107,20 @@ def kernel_problems(config: TrainConfig) -> Iterator[str]:
         )
     if precision.attention_backend in ("flash", "fused") and not precision.bf16:
         yield f"attention_backend {precision.attention_backend!r} needs bf16; add --bf16, or use auto."
+    if precision.attention_backend == "unfused" and config.parallel.context_parallel_size > 1:
+        yield (
+            f"attention_backend 'unfused' has no context parallelism (context_parallel_size "
+            f"{config.parallel.context_parallel_size}); use auto, fused or local."
+        )
+    if (
+        precision.apply_rope_fusion
+        and precision.attention_backend == "local"
+        and config.training.max_tokens_per_microbatch is not None
+    ):
+        yield (
+            "apply_rope_fusion reads the bounds of packed responses on the GPU, attention_backend 'local' on the host; "
+            "leave one of them out, or max_tokens_per_microbatch."
+        )
     if precision.gradient_accumulation_fusion and config.parallel.device == "cpu":
         yield "gradient_accumulation_fusion needs a GPU and device is 'cpu'; leave it out."
 

@@ -54,8 +54,15 @@ def _why_local(
     problem = te_fp8.transformer_engine_problem()
     if problem is not None:
         return problem
-    if model.window_size and context_parallel_size > 1 and precision.attention_backend != "local":
+    if context_parallel_size == 1 or precision.attention_backend == "local":
+        return None
+    if model.window_size:
         return f"its attention has no {_WINDOW.format(context_parallel_size)}"
+    if not precision.bf16 or precision.attention_backend == "unfused":
+        return (
+            f"its attention under context parallelism (context_parallel_size {context_parallel_size}) is flash or "
+            "fused, in bf16; --attention-backend local has it otherwise"
+        )
     return None
 
 

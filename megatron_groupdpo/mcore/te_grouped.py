@@ -13,7 +13,7 @@ _TENSORS = {"fwd": 3, "bwd": 2}
 def scales_by_expert(layer: type[Any]) -> type[Any]:
     """A Megatron wrapper of Transformer Engine's ``GroupedLinear`` whose scales follow their experts.
 
-    Transformer Engine 2.11 numbers a layer's scales expert by expert (``module/grouped_linear.py``: ``offset + i * 3``).
+    Transformer Engine 2.11 numbers a layer's scales expert by expert (``module/grouped_linear.py``: ``offset + 3 i``).
     Megatron-Core 0.19.2 cuts them up, and puts them together, as if they came kind by kind
     (``extensions/transformer_engine.py``, ``_split_extra_state`` and ``merge_extra_states``). On as many experts a rank
     the two undo each other; on another number experts get each other's scales. So they are put in Megatron's order

@@ -58,6 +58,15 @@ def _plain(tensor: Any) -> Tensor:
     return data_MN * tensor._scale_inv.float()
 
 
+def _check_usage(tensor: Any, *, transposed: bool) -> None:
+    if not hasattr(tensor, "_fp8_dtype"):
+        return
+    data, transpose = tensor._data, None if tensor._transpose_invalid else tensor._transpose
+    assert (transpose if transposed else data) is not None, "a GPU's product would lack this side of an FP8 tensor"
+    if data is not None and transpose is not None:
+        assert torch.equal(data.flatten(0, -2).T.reshape(transpose.shape), transpose), "a stale transpose"
+
+
 def generic_gemm(
     A: Any,
     transa: bool,
@@ -75,11 +84,19 @@ def generic_gemm(
     workspace_size: int,
     accumulate: bool,
     use_split_accumulator: bool,
+    *,
+    alpha: float = 1.0,
+    beta: float | None = None,
     **_: Any,
 ) -> tuple[Any, ...]:
     """(product, gradient of the bias, None, None)."""
     assert not gelu
     assert quantizer is None
+    assert alpha == 1.0
+    assert beta in (None, float(accumulate))
+    # Hopper multiplies FP8 along the last dimension of both alone: the other way round it takes a transpose.
+    _check_usage(A, transposed=not transa)
+    _check_usage(B, transposed=transb)
     a, b = _plain(A), _plain(B)
     if transb:  # over all tokens
         product = b.flatten(0, -2).T @ a.flatten(0, -2)

@@ -17,8 +17,10 @@ def skip_where_refused(recipe: str) -> None:
     import torch
 
     from megatron_groupdpo.fp8_recipes import recipe_problem
+    from megatron_groupdpo.mcore.te_fp8 import recipe_problem_here
 
-    if (problem := recipe_problem(recipe, torch.cuda.get_device_capability())) is not None:
+    problem = recipe_problem(recipe, torch.cuda.get_device_capability()) or recipe_problem_here(recipe)
+    if problem is not None:
         pytest.skip(problem)
 
 

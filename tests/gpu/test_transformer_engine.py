@@ -8,6 +8,8 @@ import pytest
 
 # Two kernels' rounding, per token and of the gradient's norm. Not measured yet on a GPU; the numbers are printed.
 LOGP_GAP, GRADIENT_GAP = 2e-2, 5e-2
+# Of a mixture rounding sends some tokens to another expert. PyTorch for kernels, on the CPU: 0.054 and 0.050 at most.
+MIXTURE_LOGP_GAP, MIXTURE_GRADIENT_GAP = 0.2, 0.2
 
 
 FAMILIES = ["gpt2", "llama", "qwen3", "mistral", "olmo2", "olmo3", "gemma3", "mixtral", "qwen3-moe", "olmoe"]
@@ -31,8 +33,9 @@ def test_its_layers_are_the_local_ones(transformer_engine: None, family: str, pa
     gap = float(((fused_R - local_R).abs() / tokens_R).max())
     cosine, relative = agreement(fused, local)
     print(f"{family} packed={packed}: {gap:.2e} per token, gradient cosine {cosine:.6f}, relative {relative:.2e}")
-    assert gap < LOGP_GAP
-    assert relative < GRADIENT_GAP
+    mixture = "num_moe_experts" in model
+    assert gap < (MIXTURE_LOGP_GAP if mixture else LOGP_GAP)
+    assert relative < (MIXTURE_GRADIENT_GAP if mixture else GRADIENT_GAP)
 
 
 @pytest.mark.parametrize("backend", ["auto", "fused", "unfused", "local"])
@@ -46,14 +49,16 @@ def test_packed_is_padded_with_every_attention(transformer_engine: None, backend
 
 
 @pytest.mark.parametrize("option", ["gradient_accumulation_fusion", "apply_rope_fusion"])
-def test_fusions_change_no_result(transformer_engine: None, option: str):
+@pytest.mark.parametrize("packed", [False, True])
+def test_fusions_change_no_result(transformer_engine: None, option: str, packed: bool):
     from two_pass_case import Case, Runner, agreement, one_rank
 
     gradients: list[Any] = []
     for on in (False, True):
         with one_rank("cuda") as ranks:
+            precision = {"bf16": True, option: on}
             runner = Runner(
-                Case(model={}, precision={"bf16": True, option: on}, transformer_impl="transformer_engine"), ranks
+                Case(model={}, precision=precision, transformer_impl="transformer_engine", packed=packed), ranks
             )
             runner.step()
             runner.step()  # a second time into the same buffers

@@ -100,6 +100,8 @@ def test_a_gpu_runs_what_its_generation_has():
 
 
 EXPERTS: dict[str, Any] = {"num_moe_experts": 4, "moe_router_topk": 2, "add_bias_linear": False}
+ROPE = {"position_embedding_type": "rope"}
+PACKED = {"max_tokens_per_microbatch": 256, "micro_batch_size": None}
 OK: dict[str, Any] = {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "tensorwise"}
 
 
@@ -131,6 +133,14 @@ def test_every_recipe_is_accepted_as_a_configuration(recipe: str, format_: str):
         ({"attention_backend": "flash", "bf16": False}, "attention_backend 'flash' needs bf16"),
         ({"apply_rope_fusion": True}, "position_embedding_type is not rope"),
         ({"gradient_tolerance": 0.5}, "verify_gradients is 0"),
+        (
+            {"attention_backend": "unfused", "context_parallel_size": 2},
+            "attention_backend 'unfused' has no context parallelism",
+        ),
+        (
+            {**ROPE, "apply_rope_fusion": True, "attention_backend": "local"} | PACKED,
+            "apply_rope_fusion reads the bounds of packed responses on the GPU",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_reason(changes: dict[str, Any], said: str):

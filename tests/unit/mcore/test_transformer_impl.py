@@ -63,6 +63,17 @@ def test_a_model_that_its_attention_cannot_be_is_refused_and_auto_says_so(instal
     assert choice("transformer_engine", context=2, fields=WINDOW, precision=local) == "transformer_engine"
 
 
+def test_context_parallelism_takes_its_layers_only_where_they_have_it(installed: None, capsys: Any):
+    """Flash and fused attention are of half precision, and its unfused one has no context parallelism."""
+    assert choice("auto", context=2, precision={"bf16": True}) == "transformer_engine"
+    assert choice("auto", context=2) == "local"
+    assert "context_parallel_size 2) is flash or fused, in bf16" in capsys.readouterr().out
+    for given in ({}, {"attention_backend": "unfused", "bf16": True}):
+        with pytest.raises(ConfigError, match="is flash or fused, in bf16"):
+            choice("transformer_engine", context=2, precision=given)
+    assert choice("auto", context=2, precision={"attention_backend": "local"}) == "transformer_engine"
+
+
 @pytest.mark.parametrize(
     ("precision", "named"),
     [
