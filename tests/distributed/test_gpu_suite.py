@@ -95,14 +95,25 @@ def outcome(output: Path, name: str) -> dict[str, Any]:
     return json.loads((output / "gpu_suite_parts" / f"{name}.json").read_text())
 
 
+SLOW_PART = """import sys, time
+if sys.orig_argv[2:4] == ["--run-part", "groups-1b-bf16"]:
+    time.sleep(100)
+"""
+"""Read by every Python that starts with it on its path."""
+
+
 def test_a_part_is_done_once_and_a_failed_one_again(tmp_path: Path):
     first = suite(tmp_path, "--parts", "rates")
     assert first.returncode == 0, first.stderr
     found = outcome(tmp_path, "rates")
     assert (found["state"], len(found["points"]), found["error"]) == (DONE, 4, None)
     # A part that takes too long is ended and recorded; the one after it is still looked at.
+    slow = tmp_path / "slow"
+    slow.mkdir()
+    (slow / "sitecustomize.py").write_text(SLOW_PART)
     started = time.monotonic()
-    second = suite(tmp_path, "--parts", "groups-1b-bf16", "rates", "--budget-minutes", "0.17")
+    arguments = ("--parts", "groups-1b-bf16", "rates", "--budget-minutes", "0.17")
+    second = suite(tmp_path, *arguments, PYTHONPATH=str(slow))
     assert time.monotonic() - started < 60
     assert second.returncode == 1
     assert "rates: done before" in second.stdout
@@ -121,6 +132,7 @@ def test_wrong_words_are_refused_with_the_right_ones(tmp_path: Path):
 
 @pytest.mark.slow
 def test_the_whole_suite_runs_on_the_cpu(tmp_path: Path):
+    pytest.importorskip("trl", reason="its comparison needs TRL: make setup EXTRAS=dev,bench")
     answer = suite(tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "| trl-1b | done |" in (tmp_path / "gpu_suite.md").read_text()
