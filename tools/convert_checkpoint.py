@@ -273,8 +273,7 @@ def _verify(args: argparse.Namespace) -> None:
         mean = "" if result.mean_tolerance is None else f", or on average by more than {result.mean_tolerance:.3g}"
         raise CheckpointError(
             f"{args.load or 'the imported model'} and {args.hf} are not the same model: their log-probabilities differ "
-            f"by more than {result.tolerance:.3g}{mean}; convert again, or give --tolerance if weights were rounded on "
-            "the way"
+            f"by more than {result.tolerance:.3g}{mean}; convert again"
         )
 
 

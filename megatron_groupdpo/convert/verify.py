@@ -70,6 +70,8 @@ class Comparison:
     """Of the largest difference."""
     mean_tolerance: float | None
     passed: bool
+    weights_rounded_to: str | None = None
+    """What the Hugging Face model's weights are in, where the checkpoint's are finer and were rounded first."""
 
 
 def random_sequences(vocab_size: int, *, count: int, length: int, seed: int) -> list[np.ndarray]:
@@ -135,6 +137,7 @@ def verify_on_layout(
     Raises:
         CheckpointError: the checkpoint is of another model, or broken.
     """
+    rounded = False
     theirs, limits = None, (TOLERANCE if tolerance is None else tolerance, None)
     with together():
         if ranks.is_logger:
@@ -147,14 +150,30 @@ def verify_on_layout(
     else:
         policy = load_policy(checkpoint, parallel, precision, ranks)
         check_same_model(source, policy.model)
+        rounded = _round_to(policy, source.dtype)
     ours = megatron_logprobs(policy, sequences)
     answers: list[Any] = [None] * dist.get_world_size()
     own = None
     if theirs is not None:
         assert ours is not None, "the logging rank is on the last stage"
         own = compare(sequences, theirs, ours, tolerance=limits[0], mean_tolerance=limits[1], text=text)
+        if rounded:
+            own = dataclasses.replace(own, weights_rounded_to=str(source.dtype).removeprefix("torch."))
     dist.all_gather_object(answers, own)
     return next(answer for answer in answers if answer is not None)
+
+
+@torch.no_grad()
+def _round_to(policy: Policy, dtype: torch.dtype) -> bool:
+    """Round finer weights to the dtype that an export had them in; whether any was changed on any rank."""
+    changed = torch.zeros((), dtype=torch.int64, device=policy.ranks.device)
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            rounded = parameter.to(dtype).to(parameter.dtype)
+            changed += (rounded != parameter).any()
+            parameter.copy_(rounded)
+    dist.all_reduce(changed)
+    return bool(changed)
 
 
 def bf16_tolerances(exact: Sequence[Tensor], rounded: Sequence[Tensor]) -> tuple[float, float]:
@@ -286,7 +305,9 @@ def describe(comparison: Comparison) -> str:
     bound = comparison.mean_tolerance
     of_mean = "" if bound is None else f" (tolerance {bound:.3g}); both from transformers' own difference in bf16"
     shown = f" ({worst.token!r} after {worst.before!r})" if worst.token is not None else ""
-    return (
+    finer = comparison.weights_rounded_to
+    rounded = f"the checkpoint's weights are finer, and were rounded to {finer} as the model's are\n" if finer else ""
+    return rounded + (
         f"{comparison.num_tokens} tokens of {comparison.num_sequences} sequences: difference of log-probabilities "
         f"max {_number(comparison.max_difference)} (tolerance {comparison.tolerance:.3g}), "
         f"mean {_number(comparison.mean_difference)}{of_mean}\n"

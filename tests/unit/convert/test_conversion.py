@@ -199,6 +199,21 @@ def test_the_precision_of_the_router_is_the_runs_own(hf_models: HfModels, ranks:
     assert (out / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
+def test_a_rounded_export_is_verified_against_the_rounded_weights(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
+    """As of a bf16 model that was trained in fp32: the weights are not those of the folder, but round to them."""
+    import_hf(hf_models("llama-tied"), tmp_path / "checkpoint", ImportOptions(), ranks)
+    sequences = verify.random_sequences(101, count=2, length=32, seed=3)
+    results = []
+    for dtype in ("bf16", "fp32"):
+        export_checkpoint(tmp_path / "checkpoint", tmp_path / dtype, ExportOptions(dtype=dtype))
+        source = open_hf_model(tmp_path / dtype)
+        how = {"parallel": ParallelConfig(), "precision": PrecisionConfig(), "ranks": ranks}
+        results.append(verify.verify_on_layout(source, tmp_path / "checkpoint", sequences, **how))
+    assert [result.weights_rounded_to for result in results] == ["bfloat16", None]
+    assert all(result.passed for result in results)
+    assert "rounded to bfloat16" in verify.describe(results[0])
+
+
 def test_the_chosen_dtype_is_written(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     policy = loaded(hf_models("llama-untied"), ranks)
     export_hf(policy, tmp_path / "bf16", ExportOptions(dtype="bf16"), tokenizer=None)
