@@ -27,7 +27,7 @@ _EXPERT = re.compile(
 """Of a layer: experts as modules, and as weights of a grouped product, which are then named like the former."""
 
 
-def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.device, function: str = "") -> str:
+def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.device, function: str) -> str:
     """Hash over every weight's name, dtype, shape and bits, and ``function``; 16 hex digits, equal on all ranks.
 
     Each element contributes a hash of its place in the whole tensor times its bits, and contributions add up modulo
@@ -39,7 +39,7 @@ def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.devi
     for shard in _own_shards(chunks):
         total += _shard_hash(shard, vocab_size)
     dist.all_reduce(total)
-    own = int.from_bytes(hashlib.sha256(function.encode()).digest()[:8], "big") if function else 0
+    own = int.from_bytes(hashlib.sha256(function.encode()).digest()[:8], "big")
     return f"{(int(total) + own) & (2**64 - 1):016x}"
 
 

@@ -21,6 +21,7 @@ from two_pass_case import Case, Runner, agreement, one_rank
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.mcore import host_device, kernels, te_fp8
 from megatron_groupdpo.mcore.checkpoint import Progress, load_training, load_weights, save_checkpoint
+from megatron_groupdpo.mcore.digest import parameter_names
 from megatron_groupdpo.mcore.optimizer import optimizer_origin
 
 UNFUSED = {"attention_backend": "unfused"}
@@ -53,8 +54,10 @@ def both_specs(family: str, packed: bool) -> dict[str, float]:
             outcome = runner.step()
             modules = {type(module).__module__ for module in runner.policy.chunks[0].modules()}
             assert any("transformer_engine" in name for name in modules) == (impl == "transformer_engine")
-            results.append((outcome.logps_R, runner.gradient(), runner.policy.weights_digest()))
-    (local_R, local, local_digest), (fused_R, fused, fused_digest) = results
+            experts = {name for name in parameter_names(runner.policy.chunks[0]) if ".experts." in name}
+            results.append((outcome.logps_R, runner.gradient(), runner.policy.weights_digest(), experts))
+    (local_R, local, local_digest, local_experts), (fused_R, fused, fused_digest, fused_experts) = results
+    assert local_experts == fused_experts, "messages name experts otherwise"
     assert local_digest == fused_digest, "other names, shapes or initial weights"
     return {"logps": float((fused_R - local_R).abs().max()), "gradient": agreement(fused, local)[1]}
 
