@@ -58,6 +58,16 @@ def fp8_problems(config: TrainConfig) -> Iterator[str]:
                 f"num_layers_at_start_in_bf16 + num_layers_at_end_in_bf16 ({bf16_layers}) leave none of num_layers "
                 f"({config.model.num_layers}) to FP8; lower them, or leave fp8_format out."
             )
+    if precision.fp8_param_gather and not config.parallel.use_distributed_optimizer:
+        yield (
+            "fp8_param_gather needs use_distributed_optimizer, whose fp32 copies the FP8 weights are quantized from; "
+            "add --use-distributed-optimizer, or leave it out."
+        )
+    if precision.fp8_param_gather and recipe == "mxfp8":
+        yield (
+            "fp8_param_gather does not go with fp8_recipe 'mxfp8', whose two copies of a weight, by rows and by "
+            "columns, are rounded apart, so that one cannot be gathered for both; use another recipe, or leave it out."
+        )
     if config.objective.reference_offload and recipe == "delayed":
         yield (
             "reference_offload does not go with fp8_recipe 'delayed': the reference is scored in bf16, and offloaded "

@@ -22,6 +22,7 @@ from megatron_groupdpo.convert.megatron_names import tensor_key
 from megatron_groupdpo.convert.plan import Key
 from megatron_groupdpo.convert.progress import byte_bar
 from megatron_groupdpo.errors import ConfigError
+from megatron_groupdpo.mcore.fp8_weights import full_weights
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.policy import Policy, model_identity
 
@@ -86,7 +87,11 @@ def fill_on_all_ranks(policy: Policy, source: HfModel) -> None:
     """:func:`fill` on every rank, with a bar of rank 0's part; what fails on one stops all."""
     is_first = dist.get_rank() == 0
     size = sum(s.data.numel() * s.data.element_size() for s in policy_shards(policy)) if is_first else 0
-    with together(), byte_bar(f"read {source.folder}", size, quiet=not is_first) as bar:
+    with (
+        full_weights(policy.chunks, changed=True),
+        together(),
+        byte_bar(f"read {source.folder}", size, quiet=not is_first) as bar,
+    ):
         fill(policy, source, on_bytes=bar.update)
 
 

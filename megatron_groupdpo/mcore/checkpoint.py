@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.errors import CheckpointError
+from megatron_groupdpo.mcore.fp8_weights import full_weights
 from megatron_groupdpo.mcore.overlap import finish_param_gather
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -239,13 +240,17 @@ def _sharded_state(chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *
     # Tensor keys are global names; the outer key only tells the chunks of one rank apart.
     # A copy each time: Megatron writes the data-parallel group of the day into what it is given.
     metadata = dict(_METADATA)
-    state: dict[str, Any] = {
-        f"model{index}": _unwrapped(chunk).sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
-    }
+    def models() -> dict[str, Any]:
+        return {f"model{i}": _unwrapped(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+
+    state: dict[str, Any] = {}
     if optimizer is not None:
-        model_state = dict(state) if len(chunks) > 1 else {"model": state["model0"]}
+        # It finds its parameters among these by identity: FP8 ones too.
+        own = models()
+        model_state = own if len(chunks) > 1 else {"model": own["model0"]}
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    return state
+    with full_weights(chunks):
+        return models() | state
 
 
 def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer | None) -> None:
@@ -257,10 +262,11 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
     _check_shapes(folder, state)
     _leave_out_absent_state(folder, state)
     loaded = _read(folder, state)
-    for index, chunk in enumerate(chunks):
-        found = _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
-        wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if not key.endswith(_EXTRA_STATE))]
-        assert not wrong, f"the sharded state is not the module's: {wrong}"
+    with full_weights(chunks, changed=True):
+        for index, chunk in enumerate(chunks):
+            found = _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+            wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if not key.endswith(_EXTRA_STATE))]
+            assert not wrong, f"the sharded state is not the module's: {wrong}"
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         _unshare_torch_adam_step(optimizer)

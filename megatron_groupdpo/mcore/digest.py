@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from torch import Tensor
 
+from megatron_groupdpo.mcore.fp8_weights import full_weights, raw_parts
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.overlap import finish_param_gather
 from megatron_groupdpo.mcore.setup import Ranks
@@ -36,8 +37,9 @@ def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.devi
     """
     finish_param_gather(chunks)
     total = torch.zeros((), dtype=torch.int64, device=device)
-    for shard in _own_shards(chunks):
-        total += _shard_hash(shard, vocab_size)
+    with full_weights(chunks):
+        for shard in _own_shards(chunks):
+            total += _shard_hash(shard, vocab_size)
     dist.all_reduce(total)
     own = int.from_bytes(hashlib.sha256(function.encode()).digest()[:8], "big")
     return f"{(int(total) + own) & (2**64 - 1):016x}"
@@ -45,7 +47,9 @@ def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.devi
 
 def count_parameters(chunks: Sequence[Any], *, device: torch.device) -> int:
     """Parameters of the whole model, each counted once; equal on all ranks."""
-    total = torch.tensor(sum(math.prod(shard.local_shape) for shard in _own_shards(chunks)), device=device)
+    with full_weights(chunks):
+        own = sum(math.prod(shard.local_shape) for shard in _own_shards(chunks))
+    total = torch.tensor(own, device=device)
     dist.all_reduce(total)
     return int(total)
 
@@ -76,7 +80,8 @@ def differing_replicas(chunks: Sequence[Any], ranks: Ranks) -> str | None:
 
 def _differing(named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup) -> str | None:
     """The first parameter that differs between the ranks of a group, with the ranks and their hashes."""
-    own_P = torch.stack([_bits_hash(parameter) for _, parameter in named])
+    zero = torch.zeros((), dtype=torch.int64, device=named[0][1].device)
+    own_P = torch.stack([sum(map(_bits_hash, raw_parts(parameter)), start=zero) for _, parameter in named])
     all_P = [torch.empty_like(own_P) for _ in range(group.size())]
     dist.all_gather(all_P, own_P, group=group)
     hashes_DP = torch.stack(all_P)

@@ -35,6 +35,11 @@ class ScalingState(Protocol):
         """Quantize the weights anew at their next use."""
         ...
 
+    def requantize_weights(self) -> None:
+        """Quantize weights that are kept in FP8 by the scales of now, which an update does by itself; a collective
+        call."""
+        ...
+
     def snapshot(self) -> Any:
         """Copies of scales and maxima."""
         ...
@@ -91,4 +96,5 @@ class TwoPassScaling:
         for _ in range(CALIBRATION_STEPS):
             with self.step():
                 passes()
+            self._state.requantize_weights()
         return CALIBRATION_STEPS

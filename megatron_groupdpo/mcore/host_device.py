@@ -117,7 +117,7 @@ def _patch_tensor_methods() -> None:
     def type_as_on_cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # Megatron's optimizers sort parameters by the string "torch.cuda.FloatTensor".
         answer = plain_type(self, *args, **kwargs)
-        if isinstance(answer, str) and self.device.type == "cpu":
+        if isinstance(answer, str) and self.device.type == "cpu" and "cuda" not in answer:  # a subclass answers twice
             return answer.replace("torch.", "torch.cuda.", 1)
         return answer
 

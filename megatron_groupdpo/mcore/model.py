@@ -46,11 +46,17 @@ _ACTIVATIONS: dict[str, Any] = {
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, *, transformer_impl: str = "local"
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    precision: PrecisionConfig,
+    *,
+    transformer_impl: str = "local",
+    fp8_weights: bool = False,
 ) -> TransformerConfig:
     """Megatron's configuration for this run.
 
-    ``calculate_per_token_loss`` is set so that nothing rescales the loss or the gradient: see ``engine.py``.
+    ``calculate_per_token_loss`` is set so that nothing rescales the loss or the gradient: see ``engine.py``. With
+    ``fp8_weights`` Transformer Engine's linear layers are built with weights in FP8.
 
     Raises:
         ConfigError: Megatron refuses the combination; its reason is passed on.
@@ -91,6 +97,7 @@ def transformer_config(
             attention_backend=AttnBackend[precision.attention_backend],
             fp8=precision.fp8_format,
             fp8_recipe=precision.fp8_recipe or "delayed",
+            fp8_param=fp8_weights,
             fp8_margin=precision.fp8_margin,
             fp8_amax_history_len=precision.fp8_amax_history_len,
             fp8_amax_compute_algo=precision.fp8_amax_compute_algo,
@@ -270,6 +277,7 @@ def wrap_for_training(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=bool(config.fp8_param),
         bucket_size=parallel.ddp_bucket_size,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         average_in_collective=False,

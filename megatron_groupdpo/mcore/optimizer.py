@@ -11,6 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_groupdpo.config import OptimizerConfig as OptimizerOptions
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+from megatron_groupdpo.mcore.fp8_weights import attach_masters
 
 
 def build_optimizer(
@@ -35,7 +36,9 @@ def build_optimizer(
         sgd_momentum=options.sgd_momentum,
         clip_grad=options.clip_grad,
     )
-    return get_megatron_optimizer(config, list(chunks))
+    optimizer = get_megatron_optimizer(config, list(chunks))
+    attach_masters(chunks, optimizer)
+    return optimizer
 
 
 def build_lr_schedule(

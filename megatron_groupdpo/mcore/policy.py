@@ -16,6 +16,7 @@ from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights, re
 from megatron_groupdpo.mcore.digest import count_parameters, weights_digest
 from megatron_groupdpo.mcore.engine import MegatronEngine
 from megatron_groupdpo.mcore.fp8 import TwoPassScaling
+from megatron_groupdpo.mcore.fp8_weights import full_weights, keep_in_fp8
 from megatron_groupdpo.mcore.init import initialize_weights
 from megatron_groupdpo.mcore.kernels import check_kernels, choose_transformer_impl
 from megatron_groupdpo.mcore.logprobs import choose_fused
@@ -77,12 +78,20 @@ def build_policy(
         model, ranks.device, context_parallel_size=parallel.context_parallel_size, precision=precision
     )
     check_kernels(precision, transformer_impl, ranks.device)
-    config = transformer_config(model, parallel, precision, transformer_impl=transformer_impl)
+    # Without an optimizer, bf16 weights are all there is to quantize from.
+    fp8_weights = precision.fp8_param_gather and training
+    config = transformer_config(
+        model, parallel, precision, transformer_impl=transformer_impl, fp8_weights=fp8_weights
+    )
     chunks = build_model(model, parallel, config, transformer_impl=transformer_impl)
     if precision.gradient_accumulation_fusion and transformer_impl == "transformer_engine":
         assert all(fuse_weight_gradients(chunk) for chunk in chunks), "Transformer Engine's layers say how they add up"
+    if fp8_weights:
+        assert seed is not None, "scales would follow from memory that nobody filled"
+        keep_in_fp8(chunks)
     if seed is not None:
-        initialize_weights(chunks, model, seed=seed)
+        with full_weights(chunks, changed=True):
+            initialize_weights(chunks, model, seed=seed)
     wrapped = wrap_for_training(chunks, config, parallel) if training else wrap_for_inference(chunks, config)
     scaling = None
     if precision.fp8_recipe is not None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_groupdpo.mcore.checkpoint import load_weights
 from megatron_groupdpo.mcore.engine import MegatronEngine
+from megatron_groupdpo.mcore.fp8_weights import raw_parts, renew_transposes
 from megatron_groupdpo.mcore.overlap import finish_param_gather
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.types import Microbatch
@@ -28,7 +29,8 @@ class SwappedWeights:
         finish_param_gather(chunks)
         # Buffers too: whatever a forward pass keeps in them belongs to the weights it was made with.
         modules = [_unwrapped(chunk) for chunk in chunks]
-        self._held = [tensor.data for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        self._held = [part for tensor in tensors for part in raw_parts(tensor)]
         assert all(tensor.is_contiguous() for tensor in self._held)
         self._host = [_on_host(tensor, pinned=device.type == "cuda") for tensor in self._held]
 
@@ -43,6 +45,7 @@ class SwappedWeights:
                 kept = here[part].clone()
                 here[part].copy_(there[part], non_blocking=True)
                 there[part].copy_(kept, non_blocking=True)
+        renew_transposes(self._chunks)
 
 
 class SwappedEngine:

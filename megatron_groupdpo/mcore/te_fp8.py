@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_groupdpo.mcore.fp8_weights import quantize_anew
+
 _held_update: Any = None
 """Transformer Engine's update, once it is held back."""
 
@@ -100,6 +102,10 @@ class TransformerEngineState:
                 workspaces = getattr(module, "_fp8_workspaces", None)
                 if workspaces:
                     workspaces.clear()
+
+    def requantize_weights(self) -> None:
+        """See :class:`ScalingState`."""
+        quantize_anew(self._chunks)
 
     def snapshot(self) -> dict[int, Tensor]:
         """See :class:`ScalingState`; copies by the identity of the tensor, which lives as long as its module."""

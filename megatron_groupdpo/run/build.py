@@ -35,6 +35,7 @@ from megatron_groupdpo.mcore.checkpoint import (
     load_progress,
     load_training,
 )
+from megatron_groupdpo.mcore.fp8_weights import reload_masters
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks
@@ -243,7 +244,7 @@ def _load(
     if resumes and not config.checkpoint.no_load_optim:
         return load_training(source.folder, policy.chunks, updater.optimizer, updater.schedule, model=policy.identity)
     source.load_into(policy)
-    updater.optimizer.reload_model_params()  # the float32 master weights are still the initial ones
+    reload_masters(policy.chunks, updater.optimizer)  # the float32 master weights are still the initial ones
     return load_progress(source.folder, updater.schedule) if resumes else Progress()
 
 

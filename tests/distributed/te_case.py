@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,13 +16,15 @@ from fused_layers import sized
 from layout_case import LayoutCase
 from layout_run import RankResult, run_case
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.transformer.module import MegatronModule
 from two_pass_case import Case, Runner, agreement, one_rank
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.mcore import host_device, kernels, te_fp8
 from megatron_groupdpo.mcore.checkpoint import Progress, load_training, load_weights, save_checkpoint
-from megatron_groupdpo.mcore.digest import parameter_names
+from megatron_groupdpo.mcore.digest import differing_replicas, parameter_names
+from megatron_groupdpo.mcore.fp8_weights import raw_parts, reload_masters
 from megatron_groupdpo.mcore.optimizer import optimizer_origin
 
 UNFUSED = {"attention_backend": "unfused"}
@@ -116,6 +119,84 @@ def resume(precision: Mapping[str, Any], folder: str, sharded: bool) -> dict[str
         whole = _steps(case, 3, load=None, save=None)
         _steps(case, 2, load=None, save=Path(folder))
         return {"whole": whole, "resumed": _steps(case, 1, load=Path(folder), save=None)}
+
+
+@contextmanager
+def gathered_bucket_by_bucket() -> Iterator[None]:
+    """Weights of several number formats: NCCL gathers them in one call, gloo would take all for the first one's."""
+    from megatron.core.distributed import param_and_grad_buffer as file
+
+    group = file._ParamAndGradBucketGroup
+    plain_sync, plain_gather, plain_manager = group.start_param_sync, file.dist_all_gather_func, file._coalescing_manager
+
+    @contextmanager
+    def each_by_itself(_group: Any, async_ops: bool = False) -> Iterator[Any]:
+        works: list[Any] = []
+        file.dist_all_gather_func = lambda *a, async_op, **k: works.append(plain_gather(*a, async_op=True, **k))
+        manager = SimpleNamespace(wait=lambda: [work.wait() for work in works])
+        try:
+            yield manager
+        finally:
+            file.dist_all_gather_func = plain_gather
+        if not async_ops:
+            manager.wait()
+
+    def sync(self: Any, force_sync: bool = False) -> None:
+        file._coalescing_manager = each_by_itself
+        try:
+            plain_sync(self, force_sync)
+        finally:
+            file._coalescing_manager = plain_manager
+
+    group.start_param_sync = sync  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        group.start_param_sync = plain_sync  # type: ignore[method-assign]
+
+
+def fp8_steps(
+    precision: Mapping[str, Any], family: str | None, parallel: Mapping[str, Any], load: str | None = None
+) -> dict[str, Any]:
+    """Three steps: log-probabilities, digests, what is held of the weights."""
+    parallel = {"use_distributed_optimizer": True} | dict(parallel)
+    case = Case(
+        model={} if family is None else sized(family),
+        precision=UNFUSED | dict(precision),
+        packed=family is not None,
+        parallel=parallel,
+        clip_grad=0.0,  # the norm is summed buffer by buffer, and FP8 weights have one of their own
+    )
+    with layers_allowed_on_a_cpu(), gathered_bucket_by_bucket(), one_rank("cpu", **parallel) as ranks:
+        return _steps_of(Runner(case, ranks), load)
+
+
+def _steps_of(runner: Runner, load: str | None) -> dict[str, Any]:
+    policy, updater = runner.policy, runner.updater
+    found: dict[str, Any] = {"initial": policy.weights_digest()}
+    if load is not None:
+        load_weights(Path(load) / "iter_0000000", policy.chunks, model=policy.identity)
+        reload_masters(policy.chunks, updater.optimizer)
+        found["loaded"] = policy.weights_digest()
+    found["steps"] = []
+    for _ in range(3):
+        outcome = runner.step()
+        norm = updater.step(runner.batch.num_groups)
+        scored_R = policy.engine.score(runner.microbatches, runner.batch.num_responses)
+        assert scored_R is not None
+        assert norm > 0
+        found["steps"].append((outcome.logps_R.tolist(), outcome.score_drift, scored_R.tolist()))
+    found |= {
+        "digest": policy.weights_digest(),
+        "parameters": policy.num_parameters(),
+        "replicas": differing_replicas(policy.chunks, policy.ranks),
+        "names": sorted(parameter_names(policy.chunks[0])),
+    }
+    weights = [p for chunk in policy.chunks for p in chunk.parameters()]
+    quantized = [p for p in weights if is_float8tensor(p)]
+    whole = sum(p.numel() * 2 for p in weights)
+    held = sum(part.numel() * part.element_size() for p in weights for part in raw_parts(p))
+    return {"same": found, "quantized": len(quantized), "bytes": held / whole}
 
 
 def expert_scales(folder: str, save: bool, parallel: Mapping[str, Any]) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = Non
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer.amax_reduction_group)
         quantizer.amax.fill_(amax)
         quantizer.scale.fill_(largest / amax if float(amax) > 0 else 1.0)
-    else:
+    elif quantizer.amax.numel():  # else nobody asks
         quantizer.amax.copy_(torch.maximum(quantizer.amax.flatten()[0], amax).expand_as(quantizer.amax))
     data = (tensor.detach().float() * quantizer.scale).clamp(-largest, largest).to(fp8).view(torch.uint8)
     if output._data is not None:
@@ -320,6 +320,28 @@ def multi_tensor_adam(
         second.lerp_(g * g, 1 - beta2)
         update = (first / correction1) / ((second / correction2).sqrt() + eps)
         parameter.sub_(lr * (update + weight_decay * parameter if mode else update))
+
+
+def compute_amax(tensor: Tensor, amax: Tensor) -> None:
+    """Into ``amax`` [1]."""
+    amax.fill_(tensor.detach().float().abs().amax() if tensor.numel() else 0.0)
+
+
+def multi_tensor_scale(_chunk_size: int, _noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:
+    """Copies, scaled."""
+    for source, into in zip(*lists, strict=True):
+        into.copy_(source * scale)
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    _chunk_size: int, _noop: Tensor, lists: list[list[Tensor]], largest: float, powers_of_2: bool, epsilon: float
+) -> None:
+    """Tensorwise scales and their inverses from maxima."""
+    assert not powers_of_2
+    assert not epsilon
+    for amax, scale, scale_inv in zip(*lists, strict=True):
+        scale.copy_(largest / amax if float(amax) > 0 else torch.ones_like(amax))
+        scale_inv.copy_(1.0 / scale)
 
 
 def get_fused_attn_backend(*_: Any) -> Any:

@@ -180,3 +180,32 @@ def test_experts_keep_their_scales_on_every_layout(te_pool: RankPool, tmp_path: 
     assert te_pool.run(1, te_runtime.call, *arguments, False, {}) == [saved]
     halves = te_pool.run(2, te_runtime.call, *arguments, False, {"expert_model_parallel_size": 2})
     assert halves[0] | halves[1] == saved
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+@pytest.mark.parametrize(
+    ("family", "num_ranks", "parallel"),
+    [
+        (None, 1, {}),
+        (None, 2, {}),
+        (None, 2, {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 100_000}),
+        (None, 4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        ("mixtral", 2, {"expert_model_parallel_size": 2}),
+    ],
+    ids=["one rank", "DP2", "DP2 overlap", "TP2 SP DP2", "EP2"],
+)
+def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(
+    te_pool: RankPool, recipe: str, family: str | None, num_ranks: int, parallel: dict[str, Any]
+):
+    """Log-probabilities, digests and what a validation pass sees, bit by bit over three updates."""
+    bf16, in_fp8 = fp8("hybrid", recipe), fp8("hybrid", recipe) | {"fp8_param_gather": True}
+    runs = [
+        te_pool.run(num_ranks, te_runtime.call, "te_case", "fp8_steps", precision, family, parallel)
+        for precision in (bf16, in_fp8)
+    ]
+    for wanted, found in zip(*runs, strict=True):
+        assert found["same"] == wanted["same"]
+        assert all(drift == 0.0 for _, drift, *_ in found["same"]["steps"])
+        assert found["same"]["replicas"] is None
+        assert wanted["quantized"] == 0 < found["quantized"]
+        assert found["bytes"] < 0.6 < wanted["bytes"] == 1.0

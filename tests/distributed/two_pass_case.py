@@ -68,6 +68,7 @@ class Case:
     packed: bool = False
     micro_batch_size: int = 3
     parallel: Mapping[str, Any] = field(default_factory=dict)
+    clip_grad: float = 1.0
 
 
 class Runner:
@@ -81,21 +82,22 @@ class Runner:
         model = ModelConfig(**MODEL | dict(case.model), transformer_impl=case.transformer_impl)  # type: ignore[arg-type]
         self.policy: Policy = build_policy(model, parallel, precision, ranks, seed=7, training=True)
         self.engine = self.policy.engine
-        options = OptimizerConfig(lr=1e-3, lr_decay_style="constant")
+        options = OptimizerConfig(lr=1e-3, lr_decay_style="constant", clip_grad=case.clip_grad)
         optimizer = build_optimizer(self.policy.chunks, options, parallel, precision)
         schedule = build_lr_schedule(optimizer, options, warmup_groups=0, decay_groups=1000)
         self.updater = Updater(optimizer, schedule)
         size: dict[str, Any] = (
             {"max_tokens_per_microbatch": 256} if case.packed else {"micro_batch_size": case.micro_batch_size}
         )
-        self.plan = plan_options(parallel, precision=precision, data_parallel_size=1, **size)
+        self.plan = plan_options(parallel, precision=precision, data_parallel_size=ranks.dp_group.size(), **size)
         samples = make_samples(6)
         keys_G = torch.arange(len(samples))
         self.batch: GroupBatch = build_batch(
             samples, group_keys_G=keys_G, needs_pass=lambda given: given["labels_GK"] != 0
         )
         self.ref_logps_R = torch.from_numpy(reference_logps(samples))[self.batch.response_ids_R]
-        self.microbatches = build_microbatches(plan_batch(self.batch, self.plan), self.plan, rank=0)
+        self.rank = ranks.dp_group.rank()
+        self.microbatches = build_microbatches(plan_batch(self.batch, self.plan), self.plan, rank=self.rank)
 
     def passes(self) -> StepResult:
         """Both passes; the gradient is left in the buffers."""
@@ -111,7 +113,7 @@ class Runner:
 
     def coupled(self) -> torch.Tensor:
         """Gradient of the one graph."""
-        whole = build_microbatches(plan_whole_groups(self.batch, self.plan), self.plan, rank=0)
+        whole = build_microbatches(plan_whole_groups(self.batch, self.plan), self.plan, rank=self.rank)
         accumulate_coupled_gradient(self.engine, whole, self.batch, self.ref_logps_R, LOSS)
         return self.gradient()
 

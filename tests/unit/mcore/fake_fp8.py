@@ -86,6 +86,9 @@ class FakeFp8:
     def forget_weights(self) -> None:
         self.cached_weights.clear()
 
+    def requantize_weights(self) -> None:
+        """None are kept in FP8."""
+
     def snapshot(self) -> list[Tensor]:
         return [tensor.clone() for tensor in self._tensors()]
 
