@@ -11,7 +11,6 @@ from megatron_groupdpo.config.derived import (
 )
 from megatron_groupdpo.config.load import load_config, to_yaml
 from megatron_groupdpo.config.machine_sections import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.run_sections import (
     CheckpointConfig,
     DataConfig,
@@ -24,7 +23,6 @@ from megatron_groupdpo.config.train_config import TrainConfig
 from megatron_groupdpo.config.validate import validate
 
 __all__ = [
-    "NOT_YET",
     "CheckpointConfig",
     "DataConfig",
     "LoggingConfig",

@@ -190,7 +190,8 @@ class PrecisionConfig:
     """How FP8 scales are chosen; needed with fp8_format. delayed: from the maxima of the steps before; tensorwise: of
     the tensor at hand; blockwise, mxfp8: of blocks of it."""
     fp8_param_gather: bool = False
-    """Keep weights in FP8 and gather them so."""
+    """Keep the linear layers' weights in FP8 alone, and gather them so; what they are quantized from is in the
+    distributed optimizer."""
     fp8_margin: NonNegativeInt = 0
     """Delayed scaling leaves a factor of 2 to the power of this above the largest value seen."""
     fp8_amax_history_len: PositiveInt = 16

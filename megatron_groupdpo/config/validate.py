@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import attrgetter
 from typing import Any
 
 from megatron_groupdpo.config.convert import convert
@@ -18,7 +17,6 @@ from megatron_groupdpo.config.export_rules import export_problems
 from megatron_groupdpo.config.fp8 import fp8_problems, kernel_problems, length_multiple
 from megatron_groupdpo.config.idle_fields import idle_problems
 from megatron_groupdpo.config.mixture import mixture_problems
-from megatron_groupdpo.config.not_yet import NOT_YET
 from megatron_groupdpo.config.options import options
 from megatron_groupdpo.config.speed_rules import speed_problems
 from megatron_groupdpo.config.train_config import TrainConfig
@@ -50,7 +48,6 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *speed_problems(config),
             *export_problems(config.checkpoint),
             *idle_problems(config),
-            *_not_yet_problems(config),
         ]
     if len(problems) > 1:
         listed = "\n".join(f"  - {problem}" for problem in problems)
@@ -294,12 +291,6 @@ def _checkpoint_problems(config: TrainConfig) -> Iterator[str]:
         for name in ("finetune", "no_load_optim", "exit_on_missing_checkpoint"):
             if getattr(checkpoint, name):
                 yield f"{name} acts on load, which is not given; give load, or remove {name}."
-
-
-def _not_yet_problems(config: TrainConfig) -> Iterator[str]:
-    for item in NOT_YET:
-        if item.refused(value := attrgetter(item.field)(config)):
-            yield f"{item.field.split('.')[1]} ({value}): {item.reason}."
 
 
 def _shown(value: Any) -> str:

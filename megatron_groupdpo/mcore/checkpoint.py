@@ -240,6 +240,7 @@ def _sharded_state(chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *
     # Tensor keys are global names; the outer key only tells the chunks of one rank apart.
     # A copy each time: Megatron writes the data-parallel group of the day into what it is given.
     metadata = dict(_METADATA)
+
     def models() -> dict[str, Any]:
         return {f"model{i}": _unwrapped(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 

@@ -1,11 +1,11 @@
 """Weights that are kept in FP8 (``--fp8-param-gather``): whoever reads or fills them sees them whole, in bf16.
 
 Transformer Engine's linear layers then have no bf16 weights. What they are quantized from is left in the distributed
-optimizer's float32 copies, each data-parallel rank with its part, and the optimizer quantizes after every update
-(Transformer Engine's ``cast_master_weights_to_fp8``, which rounds to bf16 first: the FP8 weights are those of a run that
-keeps bf16 ones). Digests, checkpoints and exports of the rounded weights would be of another model, and a float32 copy
-taken from them would lose what FP8 rounds away. So :func:`full_weights` puts bf16 parameters in their place while they
-are read or filled.
+optimizer's float32 copies, each data-parallel rank with its part, and after an update the optimizer quantizes by
+Transformer Engine's ``cast_master_weights_to_fp8``. That rounds to bf16 first, so the FP8 weights are those of a run
+that keeps bf16 ones. Digests, checkpoints and exports of the rounded weights would be of another model, and float32
+copies taken from them would lack what FP8 rounds away. So :func:`full_weights` puts bf16 parameters in their place
+while they are read or filled.
 """
 
 from __future__ import annotations

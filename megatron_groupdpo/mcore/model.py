@@ -95,15 +95,6 @@ def transformer_config(
             gradient_accumulation_fusion=precision.gradient_accumulation_fusion and transformer_impl == "local",
             apply_rope_fusion=precision.apply_rope_fusion,
             attention_backend=AttnBackend[precision.attention_backend],
-            fp8=precision.fp8_format,
-            fp8_recipe=precision.fp8_recipe or "delayed",
-            fp8_param=fp8_weights,
-            fp8_margin=precision.fp8_margin,
-            fp8_amax_history_len=precision.fp8_amax_history_len,
-            fp8_amax_compute_algo=precision.fp8_amax_compute_algo,
-            first_last_layers_bf16=precision.first_last_layers_bf16,
-            num_layers_at_start_in_bf16=precision.num_layers_at_start_in_bf16,
-            num_layers_at_end_in_bf16=precision.num_layers_at_end_in_bf16,
             calculate_per_token_loss=True,
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=pp,
@@ -123,10 +114,25 @@ def transformer_config(
             batch_p2p_comm=not interleaved,
             use_cpu_initialization=False,
             perform_initialization=False,
+            **_fp8_fields(precision, weights=fp8_weights),
             **moe_fields(model, parallel),
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"Megatron-Core refuses this model or layout: {error}") from error
+
+
+def _fp8_fields(precision: PrecisionConfig, *, weights: bool) -> dict[str, Any]:
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8_recipe or "delayed",
+        "fp8_param": weights,
+        "fp8_margin": precision.fp8_margin,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+    }
 
 
 def _softmax_scale(model: ModelConfig) -> float | None:

@@ -80,9 +80,7 @@ def build_policy(
     check_kernels(precision, transformer_impl, ranks.device)
     # Without an optimizer, bf16 weights are all there is to quantize from.
     fp8_weights = precision.fp8_param_gather and training
-    config = transformer_config(
-        model, parallel, precision, transformer_impl=transformer_impl, fp8_weights=fp8_weights
-    )
+    config = transformer_config(model, parallel, precision, transformer_impl=transformer_impl, fp8_weights=fp8_weights)
     chunks = build_model(model, parallel, config, transformer_impl=transformer_impl)
     if precision.gradient_accumulation_fusion and transformer_impl == "transformer_engine":
         assert all(fuse_weight_gradients(chunk) for chunk in chunks), "Transformer Engine's layers say how they add up"

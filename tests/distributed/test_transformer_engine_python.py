@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import te_runtime
+import torch
+from hf_examples import decoder
 from layout_case import LayoutCase
 from layout_run import whole_tensors
 from matrix import LAYOUTS, MIXTURE_LAYOUTS
@@ -132,8 +134,21 @@ def test_weights_that_are_not_made_anew_would_be_seen(te_pool: RankPool):
     assert stale["logps"] != fresh["logps"]
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "distributed-optimizer"])
-@pytest.mark.parametrize("precision", [{"bf16": True}, fp8("hybrid", "delayed")], ids=["bf16", "delayed"])
+IN_FP8 = {"fp8_param_gather": True}
+
+
+@pytest.mark.parametrize(
+    ("precision", "sharded"),
+    [
+        ({"bf16": True}, False),
+        ({"bf16": True}, True),
+        (fp8("hybrid", "delayed"), False),
+        (fp8("hybrid", "delayed"), True),
+        (fp8("hybrid", "delayed") | IN_FP8, True),
+        (fp8("hybrid", "tensorwise") | IN_FP8, True),
+    ],
+    ids=["bf16", "bf16 distopt", "delayed", "delayed distopt", "delayed, FP8 weights", "tensorwise, FP8 weights"],
+)
 def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     te_pool: RankPool, tmp_path: Path, precision: dict[str, Any], sharded: bool
 ):
@@ -190,22 +205,63 @@ def test_experts_keep_their_scales_on_every_layout(te_pool: RankPool, tmp_path: 
         (None, 2, {}),
         (None, 2, {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 100_000}),
         (None, 4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+        (None, 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
         ("mixtral", 2, {"expert_model_parallel_size": 2}),
     ],
-    ids=["one rank", "DP2", "DP2 overlap", "TP2 SP DP2", "EP2"],
+    ids=["one rank", "DP2", "DP2 overlap", "TP2 SP DP2", "PP2 VPP2", "EP2"],
 )
 def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(
     te_pool: RankPool, recipe: str, family: str | None, num_ranks: int, parallel: dict[str, Any]
 ):
     """Log-probabilities, digests and what a validation pass sees, bit by bit over three updates."""
-    bf16, in_fp8 = fp8("hybrid", recipe), fp8("hybrid", recipe) | {"fp8_param_gather": True}
-    runs = [
-        te_pool.run(num_ranks, te_runtime.call, "te_case", "fp8_steps", precision, family, parallel)
-        for precision in (bf16, in_fp8)
-    ]
+    precisions = (fp8("hybrid", recipe), fp8("hybrid", recipe) | IN_FP8)
+    runs = [te_pool.run(num_ranks, te_runtime.call, "te_case", "fp8_steps", p, family, parallel) for p in precisions]
     for wanted, found in zip(*runs, strict=True):
         assert found["same"] == wanted["same"]
         assert all(drift == 0.0 for _, drift, *_ in found["same"]["steps"])
         assert found["same"]["replicas"] is None
         assert wanted["quantized"] == 0 < found["quantized"]
         assert found["bytes"] < 0.6 < wanted["bytes"] == 1.0
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_a_checkpoint_of_weights_kept_in_fp8_holds_what_they_were_rounded_from(
+    te_pool: RankPool, tmp_path: Path, recipe: str
+):
+    """Loaded into either kind of run, on another layout and with another history of scales, it goes on alike."""
+    arguments = ("te_case", "fp8_steps")
+    in_fp8 = fp8("hybrid", recipe) | IN_FP8
+    (saved, _) = te_pool.run(2, te_runtime.call, *arguments, in_fp8, None, {}, None, str(tmp_path))
+    history = {"fp8_amax_history_len": 4} if recipe == "delayed" else {}
+    wanted, found = (
+        one(te_pool, "fp8_steps", fp8("hybrid", recipe) | history | kept, None, {}, str(tmp_path))
+        for kept in ({}, IN_FP8)
+    )
+    assert wanted["same"]["loaded"] == saved["same"]["digest"] != saved["same"]["initial"]
+    assert found["same"] == wanted["same"]
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_weights_kept_in_fp8_start_from_a_hugging_face_model(te_pool: RankPool, tmp_path: Path, recipe: str):
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(decoder("LlamaConfig", **sizes)).bfloat16().save_pretrained(tmp_path)
+    arguments = (None, {"tensor_model_parallel_size": 2}, str(tmp_path))
+    runs = [
+        te_pool.run(2, te_runtime.call, "te_case", "fp8_steps", fp8("hybrid", recipe) | kept, *arguments)
+        for kept in ({}, IN_FP8)
+    ]
+    for wanted, found in zip(*runs, strict=True):
+        assert found["same"] == wanted["same"]
+        assert found["same"]["loaded"] != found["same"]["initial"]
+
+
+def test_a_reference_takes_the_place_of_weights_kept_in_fp8(te_pool: RankPool):
+    wanted, found = (one(te_pool, "swapped_steps", fp8("hybrid", "tensorwise") | kept) for kept in ({}, IN_FP8))
+    assert found == wanted
+    assert found["reference"] == found["initial"] != found["digest"]
+    policy, reference, again, moved, still, _ = found["scores"]
+    assert policy == again != moved
+    assert reference == still != policy

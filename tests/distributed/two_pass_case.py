@@ -101,9 +101,13 @@ class Runner:
 
     def passes(self) -> StepResult:
         """Both passes; the gradient is left in the buffers."""
-        outcome = accumulate_gradient(self.engine, self.microbatches, self.batch, self.ref_logps_R, LOSS)
+        outcome = self.passes_of_this_stage()
         assert outcome is not None
         return outcome
+
+    def passes_of_this_stage(self) -> StepResult | None:
+        """The same; what came of them is known on the last pipeline stage."""
+        return accumulate_gradient(self.engine, self.microbatches, self.batch, self.ref_logps_R, LOSS)
 
     def step(self) -> StepResult:
         """As the training loop makes it, calibration included, without the update."""

@@ -111,12 +111,22 @@ def test_every_recipe_is_accepted_as_a_configuration(recipe: str, format_: str):
     validate(example(**OK | {"fp8_recipe": recipe, "fp8_format": format_, "hidden_size": 512}), 1)
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
+def test_weights_may_be_kept_in_fp8(recipe: str):
+    kept = {"fp8_param_gather": True, "use_distributed_optimizer": True}
+    validate(example(**OK | kept | {"fp8_recipe": recipe, "hidden_size": 512}), 1)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"fp8_recipe": "delayed", "first_last_layers_bf16": True}, "does not go with fp8_recipe 'delayed'"),
         ({"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 3}, "(4) leave none of num_layers"),
-        ({"fp8_param_gather": True}, "weights stored in FP8 are not supported yet"),
+        ({"fp8_param_gather": True}, "fp8_param_gather needs use_distributed_optimizer"),
+        (
+            {"fp8_param_gather": True, "use_distributed_optimizer": True, "fp8_recipe": "mxfp8"},
+            "fp8_param_gather does not go with fp8_recipe 'mxfp8'",
+        ),
         ({"device": "cpu"}, "fp8_format needs a GPU"),
         ({"verify_gradients": 1}, "needs gradient_tolerance with FP8"),
         ({"hidden_size": 40}, "hidden_size has 40"),

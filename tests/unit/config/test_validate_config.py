@@ -8,15 +8,12 @@ import pytest
 from config_examples import example
 
 from megatron_groupdpo.config import (
-    NOT_YET,
-    TrainConfig,
     data_parallel_size,
     lr_decay_iters,
     lr_warmup_iters,
     train_iters,
     validate,
 )
-from megatron_groupdpo.config.options import options
 from megatron_groupdpo.errors import ConfigError
 
 ACCEPTED = [
@@ -202,32 +199,6 @@ def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError, match="2 problems") as refusal:
         validate(example(hidden_dropout=0.5, save_interval=3), 1)
     assert len(str(refusal.value).splitlines()) == 3
-
-
-# Otherwise sound, so that the refusal is the only problem.
-UNBUILT = {
-    "parallel.virtual_pipeline_model_parallel_size": {
-        "virtual_pipeline_model_parallel_size": 2,
-        "pipeline_model_parallel_size": 2,
-    },
-    "precision.fp8_param_gather": {
-        "fp8_param_gather": True,
-        "fp8_format": "hybrid",
-        "fp8_recipe": "tensorwise",
-        "bf16": True,
-    },
-    "objective.reference": {"reference": "resident", "reference_logprobs": None},
-}
-
-
-@pytest.mark.parametrize("item", NOT_YET, ids=lambda item: item.field)
-def test_what_is_not_built_is_refused(item):
-    (default,) = (o.default for o in options(TrainConfig) if f"{o.section}.{o.name}" == item.field)
-    assert not item.refused(default)
-    name, changes = item.field.split(".")[1], UNBUILT[item.field]
-    with pytest.raises(ConfigError) as refusal:
-        validate(example(**changes), 2)
-    assert str(refusal.value) == f"{name} ({changes[name]}): {item.reason}."
 
 
 def test_derived_lengths():
