@@ -202,11 +202,12 @@ def test_a_damaged_checkpoint_is_not_exported(hf_models: Callable[..., Path], ra
 def test_an_import_onto_a_full_disk_leaves_nothing(hf_models: Callable[..., Path], ranks: Ranks, tmp_path: Path):
     from megatron_groupdpo.errors import CheckpointError
 
+    source = hf_models("llama-tied")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(CheckpointError, match="cannot be written"):
-            import_hf(hf_models("llama-tied"), tmp_path / "checkpoint", ImportOptions(), ranks)
+            import_hf(source, tmp_path / "checkpoint", ImportOptions(), ranks)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
