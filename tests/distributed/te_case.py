@@ -224,6 +224,22 @@ def _steps_of(runner: Runner, load: str | None) -> dict[str, Any]:
     return {"same": found, "quantized": len(quantized), "bytes": held / whole}
 
 
+def altered_replicas(precision: Mapping[str, Any]) -> list[str | None]:
+    """What is said of two replicas whose weights are equal; differ in a byte; differ in a scale."""
+    parallel = {"use_distributed_optimizer": True}
+    case = Case(model={}, precision=UNFUSED | dict(precision), parallel=parallel)
+    with layers_allowed_on_a_cpu(), one_rank("cpu", **parallel) as ranks:
+        policy = Runner(case, ranks).policy
+        weight = next(p for p in policy.chunks[0].parameters() if is_float8tensor(p))
+        said = [differing_replicas(policy.chunks, ranks)]
+        for part in raw_parts(weight):
+            changed = part.view(-1).view(torch.uint8)
+            changed[-1] ^= ranks.dp_group.rank()
+            said.append(differing_replicas(policy.chunks, ranks))
+            changed[-1] ^= ranks.dp_group.rank()
+        return said
+
+
 def swapped_steps(precision: Mapping[str, Any]) -> dict[str, Any]:
     """A reference that takes the policy's place, after steps that took the policy elsewhere."""
     parallel = {"use_distributed_optimizer": True}

@@ -258,6 +258,15 @@ def test_weights_kept_in_fp8_start_from_a_hugging_face_model(te_pool: RankPool, 
         assert found["same"]["loaded"] != found["same"]["initial"]
 
 
+def test_replicas_of_weights_kept_in_fp8_are_compared_bit_by_bit(te_pool: RankPool):
+    precision = fp8("hybrid", "tensorwise") | IN_FP8
+    for equal, byte, scale in te_pool.run(2, te_runtime.call, "te_case", "altered_replicas", precision):
+        assert equal is None
+        assert "decoder.layers.0.self_attention.linear_proj.weight" in byte
+        assert "on rank 0; " in byte
+        assert "on rank 1" in scale
+
+
 def test_a_reference_takes_the_place_of_weights_kept_in_fp8(te_pool: RankPool):
     wanted, found = (one(te_pool, "swapped_steps", fp8("hybrid", "tensorwise") | kept) for kept in ({}, IN_FP8))
     assert found == wanted
