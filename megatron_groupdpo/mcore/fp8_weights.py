@@ -73,7 +73,7 @@ class _Fp8Weights:
         """The weight as a bf16 model has it; a collective call once there is an optimizer."""
         weight = place.quantized
         if self._masters is None:
-            return weight.get_high_precision_init_val().to(weight.device)
+            return weight.get_high_precision_init_val().to(weight.device, copy=True)
         masters = self._masters[weight]
         whole = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
         if masters.part is not None:
