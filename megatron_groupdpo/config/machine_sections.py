@@ -228,4 +228,4 @@ class PrecisionConfig:
     cuda_graph_shapes: PositiveInt = 4
     """Shapes that are captured, the first that a rank meets; further ones run without graphs."""
     cuda_graph_length_multiple: PositiveInt = 512
-    """With --cuda-graphs microbatches are padded to a multiple of this, at most to seq_length, so that shapes repeat."""
+    """With --cuda-graphs, microbatches are padded to a multiple of this, at most to seq_length: shapes must repeat."""

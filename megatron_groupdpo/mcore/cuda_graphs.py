@@ -39,11 +39,13 @@ from megatron_groupdpo.mcore.setup import Ranks
 
 
 class Capture(Protocol):
-    """What makes callables that replay out of the layers of one shape, in the order in which they run."""
+    """What makes callables that replay out of a model's layers, at one shape."""
 
     def __call__(
         self, layers: tuple[torch.nn.Module, ...], sample_args: tuple[tuple[Tensor, ...], ...], /
-    ) -> tuple[Callable[..., Tensor], ...]: ...
+    ) -> tuple[Callable[..., Tensor], ...]:
+        """The layers in the order in which they run, each with tensors of the shape, which become its inputs."""
+        ...
 
 
 class TorchCapture:
@@ -55,6 +57,7 @@ class TorchCapture:
     def __call__(
         self, layers: tuple[torch.nn.Module, ...], sample_args: tuple[tuple[Tensor, ...], ...], /
     ) -> tuple[Callable[..., Tensor], ...]:
+        """See :class:`Capture`; memory errors of CUDA, where there is no room for one more shape."""
         return torch.cuda.make_graphed_callables(layers, sample_args, pool=self._pool)  # type: ignore[return-value]
 
 

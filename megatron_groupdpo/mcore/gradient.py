@@ -1,9 +1,9 @@
 """Reading the gradient buffers, and a backward that shares little with the one it is compared with.
 
 :class:`PlainEngine` serves ``--verify-gradients``. It runs the same model on the same pipeline schedule, but whatever
-the schedule multiplies the loss by, its gradient starts from 1; layers run uncaptured; Megatron's reduction of the gradient (scaling, overlap,
-sharding, finalisation) is left out, and the sums over replicas are written out here, one all-reduce each. So a factor
-or a sum that Megatron's configuration gets wrong shows as a difference.
+the schedule multiplies the loss by, its gradient starts from 1; layers run as they are, not as CUDA graphs; Megatron's
+reduction of the gradient (scaling, overlap, sharding, finalisation) is left out, and the sums over replicas are written
+out here, one all-reduce each. So a factor or a sum that Megatron's configuration gets wrong shows as a difference.
 """
 
 from __future__ import annotations

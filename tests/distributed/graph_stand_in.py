@@ -8,7 +8,7 @@ where they lay. Stricter than the original:
 - inputs of other shapes, dtypes or devices, a second microbatch between a forward and its backward, layers out of
   their order, a weight that was moved, and reading a number or the random state during a capture are errors;
 - before a microbatch's first layer runs, everything that earlier replays left in the pool becomes NaN, outputs and
-  gradients too: whoever reads them afterwards has NaN.
+  gradients too: whoever reads them afterwards has NaN, or the new microbatch's numbers where its shape is the same.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._lines: list[tuple[Any, Any, Any, list[Any]]] = []
+        self._collected: set[int] = set()
         self.made: list[Tensor] = []
         """What was allocated: a graph's own memory."""
 
@@ -44,6 +45,10 @@ class Tape(TorchDispatchMode):
             raise AssertionError(f"{func} makes the host wait, in a capture")
         results = func(*args, **kwargs)
         known = {_place(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        if func is torch.ops.aten.copy_.default and _place(args[0]) in self._collected:
+            return results  # how gloo hands over a result when it is waited for; the repeated call does so itself
+        if func.namespace == "c10d":
+            self._collected |= known
         kept = [_alias(leaf) for leaf in tree_leaves(results)]
         for leaf in kept:
             if isinstance(leaf, Tensor) and _place(leaf) not in known:
@@ -144,7 +149,7 @@ def _refuse(layer: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
     """As the original does."""
     assert torch.is_grad_enabled()
     assert all(isinstance(arg, Tensor) for arg in args)
-    assert not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+    assert not any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks))
     assert not any(buffer.requires_grad for buffer in layer.buffers())
 
 

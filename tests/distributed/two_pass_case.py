@@ -88,7 +88,8 @@ class Runner:
         size: dict[str, Any] = (
             {"max_tokens_per_microbatch": 256} if case.packed else {"micro_batch_size": case.micro_batch_size}
         )
-        self.plan = plan_options(parallel, precision=precision, data_parallel_size=1, **size)
+        longest = MODEL["max_position_embeddings"]
+        self.plan = plan_options(parallel, precision=precision, data_parallel_size=1, seq_length=longest, **size)
         samples = make_samples(6)
         keys_G = torch.arange(len(samples))
         self.batch: GroupBatch = build_batch(
