@@ -16,7 +16,7 @@ from graph_stand_in import StandIn, graphs_on_a_cpu
 from layout_case import SEQ_LENGTH, LayoutCase
 from layout_run import RankResult, run_case
 from megatron.core import parallel_state
-from two_pass_case import LOSS, Case, Runner, agreement, one_rank
+from two_pass_case import LOSS, Case, Runner, agreement, captured_against_layers, one_rank
 
 from megatron_groupdpo.data.microbatches import build_microbatches
 from megatron_groupdpo.data.planner import plan_whole_groups
@@ -64,6 +64,24 @@ def with_graphs(case: LayoutCase, **changes: Any) -> LayoutCase:
     return dataclasses.replace(case, precision=GRAPHS | dict(case.precision) | changes)
 
 
+def check_bits(captured: list[Seen], uncaptured: list[RankResult], *, num_sets: int | None = None) -> None:
+    """Equal, bit by bit: scores of both passes, gradients, weights after all steps."""
+    for seen, plain in zip(captured, uncaptured, strict=True):
+        assert seen.num_sets >= 2 if num_sets is None else seen.num_sets == num_sets
+        assert seen.result.losses == plain.losses
+        assert all(step["drift"] <= 0.0 for step in seen.result.losses)  # -1: there was no scoring pass
+        assert seen.result.grad_norms == plain.grad_norms
+        for ours, theirs in (
+            (seen.result.gradient, plain.gradient),
+            (seen.result.weights_after, plain.weights_after),
+        ):
+            assert [shard.name for shard in ours] == [shard.name for shard in theirs]
+            different = [a.name for a, b in zip(ours, theirs) if not np.array_equal(a.values, b.values)]
+            assert different == []
+        for ours_R, theirs_R in zip(seen.result.logps, plain.logps, strict=True):
+            assert np.array_equal(ours_R, theirs_R)
+
+
 def layout(case: LayoutCase) -> RankResult:
     """The case with graphs, for comparisons with the one graph of a loss."""
     return captured(case).result
@@ -103,6 +121,12 @@ def a_runner(**precision: Any) -> Iterator[tuple[Runner, StandIn]]:
     fields = {"cuda_graphs": True, "cuda_graph_length_multiple": 16} | precision
     with one_rank("cpu") as ranks, graphs_on_a_cpu(make):
         yield Runner(Case(model={}, precision=fields, transformer_impl="local"), ranks), made[0]
+
+
+def against_layers(precision: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of the GPU tests."""
+    with graphs_on_a_cpu():
+        return captured_against_layers("cpu", precision, "local")
 
 
 def one_graph_runs_uncaptured() -> dict[str, Any]:

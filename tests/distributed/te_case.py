@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import graph_case
 import torch
 import two_pass_case
 from fused_layers import sized
@@ -68,6 +69,14 @@ def layout(case: LayoutCase) -> RankResult:
         for name in two_pass_case.ATTENTION_VARIABLES:
             os.environ.pop(name, None)
         return run_case(dataclasses.replace(case, precision=UNFUSED | dict(case.precision)))
+
+
+def captured_and_not(case: LayoutCase) -> tuple[graph_case.Seen, RankResult]:
+    """The case with graphs in place of its layers, and with the layers themselves."""
+    with layers_allowed_on_a_cpu():
+        for name in two_pass_case.ATTENTION_VARIABLES:
+            os.environ.pop(name, None)
+        return graph_case.captured(case), graph_case.uncaptured(case)
 
 
 def contract(

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import graph_case
-import numpy as np
 import pytest
-from graph_case import GRAPHS, Seen, with_graphs
+from graph_case import GRAPHS, Seen, check_bits, with_graphs
 from layout_case import LayoutCase
-from layout_run import RankResult
 from matrix import ADAM, NUM_GROUPS, NUM_STEPS, OVERLAP, SGD, TOLERANCE, measure
 from parity import DISTRIBUTED_OPTIMIZER, SP, TP2
 from rank_pool import RankPool, RanksFailed
@@ -41,24 +39,6 @@ CASES = {
 }
 
 
-def check_bits(captured: list[Seen], uncaptured: list[RankResult], *, num_sets: int | None = None) -> None:
-    """Equal, bit by bit: scores of both passes, gradients, weights after all steps."""
-    for seen, plain in zip(captured, uncaptured, strict=True):
-        assert seen.num_sets >= 2 if num_sets is None else seen.num_sets == num_sets
-        assert seen.result.losses == plain.losses
-        assert all(step["drift"] <= 0.0 for step in seen.result.losses)  # -1: there was no scoring pass
-        assert seen.result.grad_norms == plain.grad_norms
-        for ours, theirs in (
-            (seen.result.gradient, plain.gradient),
-            (seen.result.weights_after, plain.weights_after),
-        ):
-            assert [shard.name for shard in ours] == [shard.name for shard in theirs]
-            different = [a.name for a, b in zip(ours, theirs) if not np.array_equal(a.values, b.values)]
-            assert different == []
-        for ours_R, theirs_R in zip(seen.result.logps, plain.logps, strict=True):
-            assert np.array_equal(ours_R, theirs_R)
-
-
 @pytest.mark.parametrize("name", [*CASES, "bf16"])
 def test_steps_with_captured_layers_are_the_layers_own_bit_for_bit(pool: RankPool, name: str):
     case = with_graphs(CASES["one rank"], bf16=True) if name == "bf16" else CASES[name]
@@ -75,6 +55,15 @@ def test_three_steps_with_captured_layers_are_those_of_the_one_graph(pool: RankP
     found = dataclasses.asdict(measure(pool, CASES[name], graph_case.layout))
     allowed = dataclasses.asdict(TOLERANCE)
     assert {n: v for n, v in found.items() if not v <= allowed[n]} == {}
+
+
+@pytest.mark.parametrize(("precision", "num_shapes"), [({}, 3), ({"bf16": True}, 3), ({"cuda_graph_shapes": 1}, 1)])
+def test_the_body_of_the_gpu_tests_holds_here(pool: RankPool, precision: dict[str, Any], num_shapes: int):
+    (found,) = pool.run(1, graph_case.against_layers, precision)
+    assert found["num_shapes"] == num_shapes
+    for name in ("drifts", "logp_gaps", "gaps"):
+        assert found[name] == [0.0] * 3, name
+    assert len(set(found["norms"])) == 3
 
 
 def test_a_shape_beyond_the_limit_runs_uncaptured_and_says_so_once(pool: RankPool):

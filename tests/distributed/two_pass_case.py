@@ -184,3 +184,25 @@ def contract(
             "repeats": bool(torch.equal(decoupled_outcome.logps_R, again.logps_R)),
             "repeats_gradient": agreement(runner.gradient(), decoupled)[1],
         }
+
+
+def captured_against_layers(
+    device: str, precision: Mapping[str, Any], transformer_impl: str, *, num_steps: int = 3
+) -> dict[str, Any]:
+    """Steps with layers as CUDA graphs, each held against the layers themselves on the same weights."""
+    fields = {"cuda_graphs": True, "cuda_graph_length_multiple": 16} | dict(precision)
+    with one_rank(device) as ranks:
+        runner = Runner(Case(model={}, precision=fields, transformer_impl=transformer_impl), ranks)
+        graphs = runner.engine.graphs
+        assert graphs is not None
+        found: dict[str, Any] = {"drifts": [], "logp_gaps": [], "gaps": [], "norms": []}
+        for _ in range(num_steps):
+            with graphs.off():
+                plain, wanted = runner.passes(), runner.gradient()
+            outcome = runner.passes()
+            found["drifts"].append(outcome.score_drift)
+            per_token_R = (outcome.logps_R - plain.logps_R).abs().cpu() / runner.batch.num_tokens_R
+            found["logp_gaps"].append(float(per_token_R.max()))
+            found["gaps"].append(agreement(runner.gradient(), wanted)[1])
+            found["norms"].append(runner.updater.step(runner.batch.num_groups))
+        return found | {"num_shapes": len(graphs.shapes)}
