@@ -57,7 +57,7 @@ def test_three_steps_with_captured_layers_are_those_of_the_one_graph(pool: RankP
     assert {n: v for n, v in found.items() if not v <= allowed[n]} == {}
 
 
-@pytest.mark.parametrize(("precision", "num_shapes"), [({}, 3), ({"bf16": True}, 3), ({"cuda_graph_shapes": 1}, 1)])
+@pytest.mark.parametrize(("precision", "num_shapes"), [({}, 2), ({"bf16": True}, 2), ({"cuda_graph_shapes": 1}, 1)])
 def test_the_body_of_the_gpu_tests_holds_here(pool: RankPool, precision: dict[str, Any], num_shapes: int):
     (found,) = pool.run(1, graph_case.against_layers, precision)
     assert found["num_shapes"] == num_shapes
