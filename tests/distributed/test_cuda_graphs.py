@@ -18,6 +18,7 @@ from matrix import ADAM, NUM_GROUPS, NUM_STEPS, OVERLAP, SGD, TOLERANCE, measure
 from parity import DISTRIBUTED_OPTIMIZER, SP, TP2
 from rank_pool import RankPool, RanksFailed
 from tiny_run import TinyData, read_metrics, train_on_rank
+from two_pass_case import WINDOWED
 
 ConfigFile = Callable[..., Path]
 
@@ -57,9 +58,15 @@ def test_three_steps_with_captured_layers_are_those_of_the_one_graph(pool: RankP
     assert {n: v for n, v in found.items() if not v <= allowed[n]} == {}
 
 
-@pytest.mark.parametrize(("precision", "num_shapes"), [({}, 2), ({"bf16": True}, 2), ({"cuda_graph_shapes": 1}, 1)])
-def test_the_body_of_the_gpu_tests_holds_here(pool: RankPool, precision: dict[str, Any], num_shapes: int):
-    (found,) = pool.run(1, graph_case.against_layers, precision)
+@pytest.mark.parametrize(
+    ("precision", "model", "num_shapes"),
+    [({}, {}, 2), ({"bf16": True}, {}, 2), ({}, WINDOWED, 2), ({"cuda_graph_shapes": 1}, {}, 1)],
+    ids=["fp32", "bf16", "windows", "beyond the limit"],
+)
+def test_the_body_of_the_gpu_tests_holds_here(
+    pool: RankPool, precision: dict[str, Any], model: dict[str, Any], num_shapes: int
+):
+    (found,) = pool.run(1, graph_case.against_layers, precision, model)
     assert found["num_shapes"] == num_shapes
     for name in ("drifts", "logp_gaps", "gaps"):
         assert found[name] == [0.0] * 3, name

@@ -186,13 +186,22 @@ def contract(
         }
 
 
+WINDOWED: dict[str, Any] = {"window_size": (7, 0), "window_attn_skip_freq": (2,), "qk_layernorm": True}
+"""Every second layer attends within a window, by a mask."""
+
+
 def captured_against_layers(
-    device: str, precision: Mapping[str, Any], transformer_impl: str, *, num_steps: int = 3
+    device: str,
+    precision: Mapping[str, Any],
+    transformer_impl: str,
+    *,
+    model: Mapping[str, Any] | None = None,
+    num_steps: int = 3,
 ) -> dict[str, Any]:
     """Steps with layers as CUDA graphs, each held against the layers themselves on the same weights."""
     fields = {"cuda_graphs": True, "cuda_graph_length_multiple": 16} | dict(precision)
     with one_rank(device) as ranks:
-        runner = Runner(Case(model={}, precision=fields, transformer_impl=transformer_impl), ranks)
+        runner = Runner(Case(model=model or {}, precision=fields, transformer_impl=transformer_impl), ranks)
         graphs = runner.engine.graphs
         assert graphs is not None
         found: dict[str, Any] = {"drifts": [], "logp_gaps": [], "gaps": [], "norms": []}

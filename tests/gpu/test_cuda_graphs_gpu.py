@@ -12,11 +12,11 @@ LOGP_GAP = {False: 1e-4, True: 2e-2}
 GRADIENT_GAP = {False: 1e-4, True: 5e-2}
 
 
-def check(precision: dict[str, Any], impl: str) -> None:
+def check(precision: dict[str, Any], impl: str, model: dict[str, Any] | None = None) -> None:
     from two_pass_case import captured_against_layers
 
     bf16 = precision.get("bf16", False)
-    found = captured_against_layers("cuda", precision, impl)
+    found = captured_against_layers("cuda", precision, impl, model=model)
     print(f"{impl} {precision}: {found}")
     assert found["num_shapes"] >= 2, "no set of graphs followed another"
     assert found["drifts"] == [0.0] * 3, "both passes replay one graph"
@@ -28,6 +28,12 @@ def check(precision: dict[str, Any], impl: str) -> None:
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 def test_captured_local_layers_are_the_layers(bf16: bool):
     check({"bf16": bf16}, "local")
+
+
+def test_captured_windows_are_made_on_the_gpu():
+    from two_pass_case import WINDOWED
+
+    check({"bf16": True}, "local", WINDOWED)
 
 
 @pytest.mark.parametrize("backend", ["auto", "local"])
