@@ -126,7 +126,9 @@ PARTS: dict[str, Part] = {
         about="as groups-1b-bf16, FP8 tensorwise, two passes", limit_s=150, run=groups("1b", "fp8-tensorwise")
     ),
     "variants-1b": Part(
-        about="local and TE layers, fused and plain log-probs, packed, FP8 recipes", limit_s=180, run=variants
+        about="local and TE layers, fused and plain log-probs, packed, CUDA graphs, FP8 recipes",
+        limit_s=180,
+        run=variants,
     ),
     "lengths-1b": Part(about="1B shape, N = 4, 1k to 8k tokens, bf16 and FP8", limit_s=150, run=lengths),
     "groups-7b-bf16": Part(about="7B shape, 2k tokens, N = 2 and 8", limit_s=150, run=groups("7b", "bf16")),

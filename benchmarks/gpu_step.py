@@ -83,6 +83,7 @@ class Setting:
     transformer_impl: str = "auto"
     fused_logprobs: Literal["auto", "on", "off"] = "auto"
     recompute: bool = False
+    cuda_graphs: bool = False
 
 
 def model_of(setting: Setting, context: Context) -> ModelConfig:
@@ -98,11 +99,14 @@ def precision_of(setting: Setting) -> PrecisionConfig:
         block_scaled = recipe in ("blockwise", "mxfp8")
         fp8 = {"fp8_format": "e4m3" if block_scaled else "hybrid", "fp8_recipe": recipe}
     bf16 = setting.precision != "fp32"
-    return PrecisionConfig(bf16=bf16, fused_logprobs=setting.fused_logprobs, **fp8, **recompute)
+    graphs = setting.cuda_graphs
+    return PrecisionConfig(bf16=bf16, fused_logprobs=setting.fused_logprobs, cuda_graphs=graphs, **fp8, **recompute)
 
 
 def refusal(setting: Setting, context: Context) -> str | None:
     """Why this machine cannot run the setting, before anything is built."""
+    if setting.cuda_graphs and context.device == "cpu":
+        return "CUDA graphs need a GPU, and the device is the CPU"
     needs_te = setting.precision.startswith("fp8-") or setting.transformer_impl == "transformer_engine"
     if not needs_te:
         return None
@@ -161,6 +165,7 @@ class Bench:
             data_parallel_size=1,
             micro_batch_size=None if setting.packed else setting.micro_batch_size,
             max_tokens_per_microbatch=setting.micro_batch_size * length if setting.packed else None,
+            seq_length=length,
         )
         return BatchSource(
             samples,  # type: ignore[arg-type]
@@ -373,6 +378,8 @@ def sweep_variants(context: Context) -> Iterator[dict[str, Any]]:
         "TE layers, packed": replace(plain, transformer_impl="transformer_engine", packed=True),
         "plain log-probs": replace(plain, fused_logprobs="off"),
         "full recomputation": replace(plain, recompute=True),
+        "CUDA graphs": replace(plain, cuda_graphs=True),
+        "local layers, CUDA graphs": replace(plain, transformer_impl="local", cuda_graphs=True),
         **{f"FP8 {recipe}": replace(plain, precision=f"fp8-{recipe}") for recipe in RECIPES},
     }
     length = context.pick(2048, 32)

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 
-def positions_of_rank(length: int, rank: int, size: int) -> Tensor:
-    """[length / size] int64: positions of one sequence that a rank holds, in its order.
+def positions_of_rank(length: int, rank: int, size: int, *, device: torch.device | None = None) -> Tensor:
+    """[length / size] int64: positions of one sequence that a rank holds, in its order; on the host by default.
 
     ``length`` is a multiple of ``2 * size``, or anything when ``size`` is 1.
     """
     if size == 1:
-        return torch.arange(length)
+        return torch.arange(length, device=device)
     chunk, rest = divmod(length, 2 * size)
     assert rest == 0, f"a sequence of {length} cannot be cut into {2 * size} equal chunks"
-    positions = torch.arange(length).view(2 * size, chunk)
+    positions = torch.arange(length, device=device).view(2 * size, chunk)
     return torch.cat([positions[rank], positions[2 * size - 1 - rank]])
 
 

@@ -128,6 +128,11 @@ IDLE = (
         because="position_embedding_type is not rope",
     ),
     Idle(
+        fields=("precision.cuda_graph_shapes", "precision.cuda_graph_length_multiple"),
+        when=lambda c: not c.precision.cuda_graphs,
+        because="cuda_graphs is off",
+    ),
+    Idle(
         fields=("training.eval_iters",),
         when=lambda c: c.training.eval_interval is None,
         because="eval_interval is not set",

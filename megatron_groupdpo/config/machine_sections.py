@@ -224,3 +224,9 @@ class PrecisionConfig:
     """Response tokens whose logits exist at one time; bounds memory at this x local vocabulary."""
     fused_logprobs: Literal["auto", "on", "off"] = "auto"
     """Log-probabilities and their gradient from the logits by Triton kernels; auto: on a GPU that has Triton."""
+    cuda_graphs: bool = False
+    """Capture each layer's forward and backward as CUDA graphs, one set per shape of a microbatch, for both passes."""
+    cuda_graph_shapes: PositiveInt = 4
+    """Shapes that are captured, the first that a rank meets; further ones run without graphs."""
+    cuda_graph_length_multiple: PositiveInt = 512
+    """With --cuda-graphs, microbatches are padded to a multiple of this, at most to seq_length: shapes must repeat."""

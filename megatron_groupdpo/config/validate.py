@@ -15,6 +15,7 @@ from megatron_groupdpo.config.derived import (
 )
 from megatron_groupdpo.config.export_rules import export_problems
 from megatron_groupdpo.config.fp8 import fp8_problems, kernel_problems, length_multiple
+from megatron_groupdpo.config.graph_rules import graph_problems
 from megatron_groupdpo.config.idle_fields import idle_problems
 from megatron_groupdpo.config.mixture import mixture_problems
 from megatron_groupdpo.config.options import options
@@ -46,6 +47,7 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *_data_problems(config),
             *_checkpoint_problems(config),
             *speed_problems(config),
+            *graph_problems(config),
             *export_problems(config.checkpoint),
             *idle_problems(config),
         ]

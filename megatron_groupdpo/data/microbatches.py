@@ -30,6 +30,9 @@ def build_microbatches(plan: Plan, options: PlanOptions, *, rank: int, context_r
     for rows, length in zip(plan.rows[rank], plan.lengths[rank]):
         # A short padded microbatch still has all its rows where pipeline messages have one shape per step.
         num_rows = fullest if options.same_length else max(1, len(rows))
+        if options.same_rows:  # CUDA graphs are of one shape for the whole run
+            assert options.micro_batch_size is not None
+            num_rows = max(options.micro_batch_size, num_rows)
         microbatch = build(rows, length, num_rows, options)
         if options.context_parallel_size > 1:
             microbatch = context_shard(microbatch, context_rank, options.context_parallel_size)

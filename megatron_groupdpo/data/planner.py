@@ -11,7 +11,7 @@ import bisect
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
@@ -33,6 +33,12 @@ class PlanOptions:
     """Microbatches per rank are a multiple of this (the pipeline size, when interleaved)."""
     length_multiple: int = 1
     """Lengths of microbatches are a multiple of this."""
+    length_step: int = 1
+    """Padded: lengths are rounded up to a multiple of this before, so that they repeat (CUDA graphs)."""
+    longest_length: int | None = None
+    """But not beyond this, which no response is."""
+    same_rows: bool = False
+    """Padded: all microbatches of the run have ``micro_batch_size`` rows, for the same reason."""
     same_length: bool = False
     """All microbatches of a step have one shape (messages between ranks have)."""
     pad_token: int = 0
@@ -42,6 +48,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         assert (self.micro_batch_size is None) != (self.max_tokens_per_microbatch is None)
         assert self.length_multiple % self.row_multiple == 0
+        assert not self.packed or (self.length_step == 1 and not self.same_rows)
 
     @property
     def packed(self) -> bool:
@@ -57,6 +64,11 @@ class PlanOptions:
         """Padded length of a response in a packed row."""
         return _padded(len(row.tokens_S), self.row_multiple)
 
+    def stepped(self, length: int) -> int:
+        """``length`` rounded up to the step."""
+        stepped = _padded(max(1, length), self.length_step)
+        return stepped if self.longest_length is None else max(length, min(stepped, self.longest_length))
+
 
 def plan_options(
     parallel: ParallelConfig,
@@ -65,11 +77,14 @@ def plan_options(
     precision: PrecisionConfig | None = None,
     micro_batch_size: int | None = None,
     max_tokens_per_microbatch: int | None = None,
+    seq_length: int | None = None,
     attention_cost: float = 0.0,
     pad_token: int = 0,
 ) -> PlanOptions:
-    """Options of a layout; ``precision`` matters where it is FP8, whose tiles lengths must fill."""
+    """Options of a layout. ``precision`` matters where it is FP8, whose tiles lengths must fill, and with CUDA graphs,
+    whose shapes must repeat: they are at most ``seq_length`` long."""
     pp = parallel.pipeline_model_parallel_size
+    graphs = precision is not None and precision.cuda_graphs
     return PlanOptions(
         micro_batch_size=micro_batch_size,
         max_tokens_per_microbatch=max_tokens_per_microbatch,
@@ -77,6 +92,9 @@ def plan_options(
         context_parallel_size=parallel.context_parallel_size,
         microbatch_multiple=pp if parallel.virtual_pipeline_model_parallel_size is not None else 1,
         length_multiple=length_multiple(parallel, precision),
+        length_step=precision.cuda_graph_length_multiple if precision is not None and graphs else 1,
+        longest_length=seq_length if graphs else None,
+        same_rows=graphs,
         # The all-gather of tokens takes as many from each rank.
         same_length=pp > 1
         or (parallel.expert_model_parallel_size > 1 and parallel.moe_token_dispatcher_type == "allgather"),
@@ -147,11 +165,14 @@ def _unit(rows: Rows, options: PlanOptions) -> _Unit:
         length = sum(lengths)
         return _Unit(rows, length, length + factor * sum(own * own for own in lengths))
     length = max(lengths)
-    return _Unit(rows, length, len(rows) * length * (1.0 + factor * length))
+    num_rows, computed = options.micro_batch_size if options.same_rows else len(rows), options.stepped(length)
+    assert num_rows is not None
+    return _Unit(rows, length, num_rows * computed * (1.0 + factor * computed))
 
 
 def plan_whole_groups(batch: GroupBatch, options: PlanOptions) -> Plan:
     """One group, whole, in each microbatch, whatever its size: what a loss that is not decoupled needs."""
+    options = replace(options, length_step=1)  # groups have as many sizes as the data: no shape would repeat
     rows = {row.index: row for row in batch.rows}
     groups = [tuple(rows[index] for index in own if index >= 0) for own in batch.flat_index_GK.tolist()]
     return _deal([_unit(group, options) for group in groups if group], options)
@@ -232,12 +253,15 @@ def _deal(filled: Sequence[_Unit], options: PlanOptions) -> Plan:
         if len(per_rank[rank]) < count:
             heapq.heappush(load, (work + unit.cost, rank))
     longest = max((unit.length for unit in filled), default=0)
-    empty = _Unit((), 1, 0.0)  # nothing to compute: as short as can be
+    # Nothing to compute: as short as can be, but no shape of its own where shapes shall repeat.
+    shortest = min((unit.length for unit in filled), default=1) if options.same_rows else 1
+    empty = _Unit((), shortest, 0.0)
     for own in per_rank:
         own.extend([empty] * (count - len(own)))
 
     def padded_length(unit: _Unit) -> int:
-        return _padded(max(1, longest if options.same_length else unit.length), options.length_multiple)
+        length = longest if options.same_length else unit.length
+        return _padded(max(1, options.stepped(length)), options.length_multiple)
 
     return Plan(
         rows=tuple(tuple(unit.rows for unit in own) for own in per_rank),

@@ -131,12 +131,13 @@ class SdpaAttention(torch.nn.Module):
         if self.cp_size == 1 and (self.window is None or self.window >= length - 1):
             return None
         rank = self.cp_group.rank() if self.cp_size > 1 else 0
-        positions_A = torch.cat([positions_of_rank(length, other, self.cp_size) for other in range(self.cp_size)])
-        distance_SA = positions_of_rank(length, rank, self.cp_size)[:, None] - positions_A[None, :]
+        # Made on the device: nothing is copied from the host, which a CUDA graph could not repeat.
+        of_ranks = [positions_of_rank(length, other, self.cp_size, device=device) for other in range(self.cp_size)]
+        distance_SA = of_ranks[rank][:, None] - torch.cat(of_ranks)[None, :]
         mask_SA = distance_SA >= 0
         if self.window is not None:
             mask_SA &= distance_SA <= self.window
-        return mask_SA.to(device)
+        return mask_SA
 
     def _attend(
         self, q_BNSD: Tensor, k_BMAD: Tensor, v_BMAD: Tensor, *, mask_SA: Tensor | None, is_causal: bool | None = None

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_groupdpo.engine import MicrobatchLoss
 from megatron_groupdpo.mcore.context_parallel import sum_over_ranks
+from megatron_groupdpo.mcore.cuda_graphs import LayerGraphs
 from megatron_groupdpo.mcore.fp8 import TwoPassScaling
 from megatron_groupdpo.mcore.logprobs import selected_logprobs
 from megatron_groupdpo.mcore.overlap import wait_for_parameter
@@ -69,15 +70,18 @@ class MegatronEngine:
         fused_logprobs: bool = False,
         bounds_on_host: bool = True,
         scaling: TwoPassScaling | None = None,
+        graphs: LayerGraphs | None = None,
     ) -> None:
         """``bounds_on_host``: the layers read the bounds of packed responses as numbers, as Megatron's own do;
-        Transformer Engine's kernels take them from the device. ``scaling``: of a model with FP8 products."""
+        Transformer Engine's kernels take them from the device. ``scaling``: of a model with FP8 products. ``graphs``:
+        of layers that are captured."""
         self.chunks = list(chunks)
         self.config = config
         self.ranks = ranks
         self.vocab_size = vocab_size
         self.log_probs_chunk_size = log_probs_chunk_size
         self.scaling = scaling
+        self.graphs = graphs
         self.fused_logprobs = fused_logprobs
         self.bounds_on_host = bounds_on_host
         if isinstance(self.chunks[0], DistributedDataParallel):
@@ -133,6 +137,8 @@ class MegatronEngine:
             microbatch = next(iterator)
             return self._forward(chunk, microbatch), lambda output, **kw: loss_of(microbatch, output, **kw)
 
+        if self.graphs is not None:
+            self.graphs.check_addresses()
         with contextlib.ExitStack() as around:
             if self.scaling is not None:
                 around.enter_context(self.scaling.one_pass())

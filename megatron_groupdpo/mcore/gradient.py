@@ -1,9 +1,9 @@
 """Reading the gradient buffers, and a backward that shares little with the one it is compared with.
 
 :class:`PlainEngine` serves ``--verify-gradients``. It runs the same model on the same pipeline schedule, but whatever
-the schedule multiplies the loss by, its gradient starts from 1; Megatron's reduction of the gradient (scaling, overlap,
-sharding, finalisation) is left out, and the sums over replicas are written out here, one all-reduce each. So a factor
-or a sum that Megatron's configuration gets wrong shows as a difference.
+the schedule multiplies the loss by, its gradient starts from 1; layers run as they are, not as CUDA graphs; Megatron's
+reduction of the gradient (scaling, overlap, sharding, finalisation) is left out, and the sums over replicas are written
+out here, one all-reduce each. So a factor or a sum that Megatron's configuration gets wrong shows as a difference.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class PlainEngine:
         config.no_sync_func, config.finalize_model_grads_func = contextlib.nullcontext, None
         try:
             with contextlib.ExitStack() as held_back:
+                if engine.graphs is not None:
+                    held_back.enter_context(engine.graphs.off())
                 for chunk in engine.chunks:
                     held_back.enter_context(chunk.no_sync())
                 loss_of = _FromOne(loss, cp_group=engine.ranks.cp_group)

@@ -86,6 +86,8 @@ def check_kernels(precision: PrecisionConfig, transformer_impl: str, device: tor
             problem = te_fp8.recipe_problem_here(precision.fp8_recipe)
         if problem is not None:
             raise ConfigError(problem)
+    if precision.cuda_graphs and device.type == "cpu":
+        raise ConfigError("cuda_graphs needs a GPU and the run's device is the CPU; leave it out")
     if precision.attention_backend == "flash" and not te_fp8.flash_attention_is_installed():
         raise ConfigError(
             "attention_backend 'flash' needs the flash-attn package, which Transformer Engine does not find; install "

@@ -13,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.config.mixture import check_mixture
 from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights, read_common
+from megatron_groupdpo.mcore.cuda_graphs import layer_graphs
 from megatron_groupdpo.mcore.digest import count_parameters, weights_digest
 from megatron_groupdpo.mcore.engine import MegatronEngine
 from megatron_groupdpo.mcore.fp8 import TwoPassScaling
@@ -103,6 +104,7 @@ def build_policy(
         fused_logprobs=choose_fused(precision.fused_logprobs, ranks.device),
         bounds_on_host="local" in (transformer_impl, precision.attention_backend),
         scaling=scaling,
+        graphs=layer_graphs(wrapped, precision, ranks) if training else None,
     )
     return Policy(
         model=model,

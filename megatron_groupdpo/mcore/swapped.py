@@ -36,7 +36,7 @@ class SwappedWeights:
 
     def exchange(self) -> None:
         """Swap the contents; twice is no change. No tensor moves, so views of them (gradient hooks, buffers of the
-        optimizer) stay what they are."""
+        optimizer) stay what they are, and CUDA graphs of the layers compute with what is there now."""
         finish_param_gather(self._chunks)  # a late gather would mix the two
         for held, host in zip(self._held, self._host):
             here, there = held.view(-1), host.view(-1)

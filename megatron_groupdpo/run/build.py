@@ -297,6 +297,7 @@ def _sources(
         data_parallel_size=ranks.dp_group.size(),
         micro_batch_size=config.training.micro_batch_size,
         max_tokens_per_microbatch=config.training.max_tokens_per_microbatch,
+        seq_length=config.data.seq_length,
         attention_cost=attention_cost(policy.model),
     )
 

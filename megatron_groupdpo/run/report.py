@@ -42,6 +42,7 @@ def print_start(run: Run, first: PlannedBatch) -> None:
             ("gradients reduced in the backward", parallel.overlap_grad_reduce),
             ("weights gathered in the forward", parallel.overlap_param_gather),
             ("fused log-probabilities", run.policy.engine.fused_logprobs),
+            ("layers as CUDA graphs", run.policy.engine.graphs is not None),
         )
         if on
     ]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from group_samples import make_samples, reference_logps
-from layout_case import MODELS, VOCAB_SIZE, LayoutCase
+from layout_case import MODELS, SEQ_LENGTH, VOCAB_SIZE, LayoutCase
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert.megatron_names import tensor_key
@@ -129,9 +129,11 @@ def batch_source(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> Ba
     packed = case.max_tokens_per_microbatch is not None
     plan = plan_options(
         parallel,
+        precision=PrecisionConfig(**case.precision),
         data_parallel_size=ranks.dp_group.size(),
         micro_batch_size=None if packed else case.micro_batch_size,
         max_tokens_per_microbatch=case.max_tokens_per_microbatch,
+        seq_length=SEQ_LENGTH,
         attention_cost=0.01,
         pad_token=3,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import cycle
@@ -196,9 +196,9 @@ def expected(pool: RankPool, model: str, loss: str, optimizer: str) -> Expected:
     )
 
 
-def measure(pool: RankPool, case: LayoutCase) -> Differences:
+def measure(pool: RankPool, case: LayoutCase, run: Callable[[LayoutCase], RankResult] = run_case) -> Differences:
     """Run the case and compare."""
-    results: list[RankResult] = pool.run(case.num_ranks, run_case, case, timeout=300)
+    results: list[RankResult] = pool.run(case.num_ranks, run, case, timeout=300)
     wanted = expected(pool, case.model, json.dumps(case.loss_options), json.dumps(dict(case.optimizer)))
     start = weights_of(pool, case.model)
     for name, weight in whole_tensors([r.weights_before for r in results]).items():

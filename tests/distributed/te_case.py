@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import graph_case
 import torch
 import two_pass_case
 from fused_layers import sized
@@ -38,6 +39,8 @@ UNFUSED = {"attention_backend": "unfused"}
 def layers_allowed_on_a_cpu() -> Iterator[None]:
     """Only the device speaks against them."""
     plain = kernels._why_local
+    for name in two_pass_case.ATTENTION_VARIABLES:  # of the model before
+        os.environ.pop(name, None)
 
     def why_local(model: ModelConfig, device: Any, *rest: Any) -> str | None:
         return plain(model, torch.device("cuda"), *rest)
@@ -71,9 +74,19 @@ def both_specs(family: str, packed: bool) -> dict[str, float]:
 def layout(case: LayoutCase) -> RankResult:
     """A case of the layout matrix in its layers."""
     with layers_allowed_on_a_cpu():
-        for name in two_pass_case.ATTENTION_VARIABLES:
-            os.environ.pop(name, None)
         return run_case(dataclasses.replace(case, precision=UNFUSED | dict(case.precision)))
+
+
+def captured(case: LayoutCase) -> graph_case.Seen:
+    """A case in its layers, as graphs."""
+    with layers_allowed_on_a_cpu():
+        return graph_case.captured(case)
+
+
+def uncaptured(case: LayoutCase) -> RankResult:
+    """The same microbatches in the layers themselves."""
+    with layers_allowed_on_a_cpu():
+        return graph_case.uncaptured(case)
 
 
 def contract(

@@ -5,6 +5,7 @@ Its layers are the local ones, and the FP8 contract holds over its real autocast
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 import te_runtime
 import torch
+from graph_case import check_bits, with_graphs
 from hf_examples import decoder
 from layout_case import LayoutCase
 from layout_run import whole_tensors
-from matrix import LAYOUTS, MIXTURE_LAYOUTS
+from matrix import LAYOUTS, MIXTURE_LAYOUTS, SGD
 from parity import expected_of, relative_gap
 from rank_pool import RankPool
 
@@ -66,6 +68,18 @@ def test_its_gradient_is_the_one_graphs_on_every_layout(te_pool: RankPool, pool:
     _, gradient = expected_of(pool, model, case.num_groups, json.dumps(case.loss_options))
     found = whole_tensors([r.gradient for r in results], replicas_agree_to=1e-6)
     assert relative_gap(found, gradient) <= 1e-5
+
+
+@pytest.mark.parametrize(("layout", "backend"), [("one rank", "unfused"), ("one rank", "local"), ("TP2 SP", "unfused")])
+def test_its_captured_layers_are_its_layers_bit_for_bit(te_pool: RankPool, layout: str, backend: str):
+    num_ranks, parallel = LAYOUTS[layout]
+    case = LayoutCase(num_ranks=num_ranks, parallel=parallel, precision={"attention_backend": backend}, num_steps=2)
+    case = with_graphs(dataclasses.replace(case, optimizer=SGD))
+    seen, plain = (
+        te_pool.run(num_ranks, te_runtime.call, "te_case", name, case, timeout=90)
+        for name in ("captured", "uncaptured")
+    )
+    check_bits(seen, plain)
 
 
 FP8 = [("hybrid", "delayed"), ("e4m3", "delayed"), ("hybrid", "tensorwise"), ("e4m3", "tensorwise")]

@@ -89,7 +89,10 @@ class Runner:
         size: dict[str, Any] = (
             {"max_tokens_per_microbatch": 256} if case.packed else {"micro_batch_size": case.micro_batch_size}
         )
-        self.plan = plan_options(parallel, precision=precision, data_parallel_size=ranks.dp_group.size(), **size)
+        longest = MODEL["max_position_embeddings"]
+        self.plan = plan_options(
+            parallel, precision=precision, data_parallel_size=ranks.dp_group.size(), seq_length=longest, **size
+        )
         samples = make_samples(6)
         keys_G = torch.arange(len(samples))
         self.batch: GroupBatch = build_batch(
@@ -189,3 +192,34 @@ def contract(
             "repeats": bool(torch.equal(decoupled_outcome.logps_R, again.logps_R)),
             "repeats_gradient": agreement(runner.gradient(), decoupled)[1],
         }
+
+
+WINDOWED: dict[str, Any] = {"window_size": (7, 0), "window_attn_skip_freq": (2,), "qk_layernorm": True}
+"""Every second layer attends within a window, by a mask."""
+
+
+def captured_against_layers(
+    device: str,
+    precision: Mapping[str, Any],
+    transformer_impl: str,
+    *,
+    model: Mapping[str, Any] | None = None,
+    num_steps: int = 3,
+) -> dict[str, Any]:
+    """Steps with layers as CUDA graphs, each held against the layers themselves on the same weights."""
+    fields = {"cuda_graphs": True, "cuda_graph_length_multiple": 16} | dict(precision)
+    with one_rank(device) as ranks:
+        runner = Runner(Case(model=model or {}, precision=fields, transformer_impl=transformer_impl), ranks)
+        graphs = runner.engine.graphs
+        assert graphs is not None
+        found: dict[str, Any] = {"drifts": [], "logp_gaps": [], "gaps": [], "norms": []}
+        for _ in range(num_steps):
+            with graphs.off():
+                plain, wanted = runner.passes(), runner.gradient()
+            outcome = runner.passes()
+            found["drifts"].append(outcome.score_drift)
+            per_token_R = (outcome.logps_R - plain.logps_R).abs().cpu() / runner.batch.num_tokens_R
+            found["logp_gaps"].append(float(per_token_R.max()))
+            found["gaps"].append(agreement(runner.gradient(), wanted)[1])
+            found["norms"].append(runner.updater.step(runner.batch.num_groups))
+        return found | {"num_shapes": len(graphs.shapes)}

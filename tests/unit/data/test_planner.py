@@ -121,6 +121,64 @@ def test_microbatches_point_at_the_states_that_predict_the_targets(
             assert microbatch.owners_T.numel() == sum(int(batch.num_tokens_R[r]) for r in microbatch.responses_r)
 
 
+@st.composite
+def repeating_options(draw: st.DrawFn) -> PlanOptions:
+    """What CUDA graphs ask for; no response is longer than 40."""
+    multiple = draw(st.sampled_from([1, 2, 4]))
+    return PlanOptions(
+        micro_batch_size=draw(st.integers(1, 7)),
+        data_parallel_size=draw(st.integers(1, 5)),
+        length_multiple=multiple,
+        length_step=draw(st.integers(1, 50)),
+        longest_length=draw(st.sampled_from([40, 44])),
+        same_rows=True,
+        pad_token=9,
+    )
+
+
+@settings(deadline=None)
+@given(st.lists(lengths_of_responses, min_size=1, max_size=4), repeating_options())
+def test_shapes_repeat_over_batches_and_hold_every_response_once(batches: list[list[int]], options: PlanOptions):
+    longest, shapes = options.longest_length, set()
+    assert longest is not None
+    for lengths in batches:
+        batch = batch_of(lengths)
+        plan = plan_batch(batch, options)
+        for rank in range(options.data_parallel_size):
+            for microbatch, rows in zip(build_microbatches(plan, options, rank=rank), plan.rows[rank]):
+                shapes.add(tuple(microbatch.tokens_BS.shape))
+                assert microbatch.responses_r.tolist() == [row.index for row in rows]
+        placed = [row.index for own in plan.rows for rows in own for row in rows]
+        assert sorted(placed) == list(range(len(lengths)))
+    assert {num_rows for num_rows, _ in shapes} == {options.micro_batch_size}
+    # As many lengths as steps up to the longest, and no padding beyond it.
+    assert len(shapes) <= -(-longest // options.length_step)
+    assert max(length for _, length in shapes) <= longest
+    assert all(length % options.length_multiple == 0 for _, length in shapes)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(2, 40), min_size=1, max_size=40), repeating_options())
+def test_a_microbatch_that_only_fills_the_schedule_has_no_shape_of_its_own(lengths: list[int], options: PlanOptions):
+    plan = plan_batch(batch_of(lengths), options)
+    filled = {length for own, rows in zip(plan.lengths, plan.rows) for length, r in zip(own, rows) if r}
+    assert {length for own in plan.lengths for length in own} == filled
+
+
+def test_lengths_are_rounded_up_to_the_step_and_work_is_dealt_by_what_is_computed():
+    options = PlanOptions(micro_batch_size=1, data_parallel_size=2, length_step=16, longest_length=40, same_rows=True)
+    plan = plan_batch(batch_of([40, 33, 31, 17, 5, 2]), options)
+    assert plan.lengths == ((40, 32, 16), (40, 32, 16))
+
+
+def test_whole_groups_keep_their_lengths():
+    options = PlanOptions(micro_batch_size=2, data_parallel_size=1, length_step=16, longest_length=40, same_rows=True)
+    plan = plan_whole_groups(batch_of([21, 5, 3]), options)
+    assert plan.lengths == ((21,),)
+    (microbatch,) = build_microbatches(plan, options, rank=0)
+    assert microbatch.tokens_BS.shape == (3, 21)
+
+
 def test_long_responses_share_microbatches_with_long_ones():
     plan = plan_batch(batch_of([2, 30, 3, 31]), PlanOptions(micro_batch_size=2, data_parallel_size=1))
     assert plan.lengths == ((31, 3),)

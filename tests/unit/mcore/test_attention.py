@@ -115,3 +115,23 @@ def test_a_window_counts_the_positions_to_the_left_padded_packed_and_decoding(le
     torch.testing.assert_close(attention(q[-1:, None], k[:, None], v[:, None], None)[:, 0], wanted[-1:])
     packed = attention(q, k, v, None, packed_seq_params=packed_params(bounds))
     torch.testing.assert_close(packed, torch.cat([by_hand(q[a:b], k[a:b], v[a:b], left) for a, b in pairwise(bounds)]))
+
+
+def test_a_windows_mask_is_made_on_the_device():
+    """A copy from the host would make it wait, and no CUDA graph could repeat it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    devices = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            devices.update(leaf.device.type for leaf in tree_leaves(made) if isinstance(leaf, Tensor))
+            return made
+
+    with Watch():
+        mask_SA = build_attention(window_size=(3, 0))._mask(7, torch.device("meta"))
+    assert devices == {"meta"}
+    assert mask_SA is not None
+    assert mask_SA.shape == (7, 7)
