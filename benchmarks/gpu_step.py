@@ -84,6 +84,8 @@ class Setting:
     fused_logprobs: Literal["auto", "on", "off"] = "auto"
     recompute: bool = False
     cuda_graphs: bool = False
+    fp8_weights: bool = False
+    """Kept in FP8, which takes the distributed optimizer."""
 
 
 def model_of(setting: Setting, context: Context) -> ModelConfig:
@@ -98,6 +100,7 @@ def precision_of(setting: Setting) -> PrecisionConfig:
         recipe = setting.precision.removeprefix("fp8-")
         block_scaled = recipe in ("blockwise", "mxfp8")
         fp8 = {"fp8_format": "e4m3" if block_scaled else "hybrid", "fp8_recipe": recipe}
+        fp8["fp8_param_gather"] = setting.fp8_weights
     bf16 = setting.precision != "fp32"
     graphs = setting.cuda_graphs
     return PrecisionConfig(bf16=bf16, fused_logprobs=setting.fused_logprobs, cuda_graphs=graphs, **fp8, **recompute)
@@ -136,7 +139,7 @@ class Bench:
         lr: float = 1e-6,
     ) -> None:
         self.setting, self.context, self.ranks = setting, context, ranks
-        self.parallel = ParallelConfig(device=context.device)
+        self.parallel = ParallelConfig(device=context.device, use_distributed_optimizer=setting.fp8_weights)
         model, precision = model_of(setting, context), precision_of(setting)
         with _quick_weights():
             self.policy: Policy = build_policy(model, self.parallel, precision, ranks, seed=seed, training=True)
@@ -381,6 +384,7 @@ def sweep_variants(context: Context) -> Iterator[dict[str, Any]]:
         "CUDA graphs": replace(plain, cuda_graphs=True),
         "local layers, CUDA graphs": replace(plain, transformer_impl="local", cuda_graphs=True),
         **{f"FP8 {recipe}": replace(plain, precision=f"fp8-{recipe}") for recipe in RECIPES},
+        "FP8 tensorwise, weights in FP8": replace(plain, precision="fp8-tensorwise", fp8_weights=True),
     }
     length = context.pick(2048, 32)
     with benches(settings, context) as built:

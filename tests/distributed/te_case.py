@@ -350,15 +350,19 @@ def suite_points(names: Sequence[str], sizes: Mapping[str, Any] | None = None) -
     from gpu_parts import PARTS, Context
 
     kept = gpu_step.refusal, dict(gpu_step._TINY)
-    gpu_step.refusal = lambda setting, _context: (
-        "its blocks have no stand-in here" if setting.precision in ("fp8-blockwise", "fp8-mxfp8") else None
-    )
+
+    def refusal(setting: gpu_step.Setting, context: Context) -> str | None:
+        if setting.precision in ("fp8-blockwise", "fp8-mxfp8"):
+            return "its blocks have no stand-in here"
+        return kept[0](setting, context) if setting.cuda_graphs else None
+
+    gpu_step.refusal = refusal
     gpu_step._TINY |= sizes or {}
     for name in two_pass_case.ATTENTION_VARIABLES:
         os.environ.pop(name, None)
     context = Context(device="cpu", tiny=True, output=Path())
     try:
-        with layers_allowed_on_a_cpu(), its_optimizer():
+        with layers_allowed_on_a_cpu(), its_optimizer(), gathered_bucket_by_bucket():
             return {name: list(PARTS[name].run(context)) for name in names}
     finally:
         gpu_step.refusal, gpu_step._TINY = kept[0], kept[1]

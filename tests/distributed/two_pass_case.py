@@ -148,6 +148,18 @@ def agreement(found: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float]:
     return float(cosine), float((found - wanted).norm() / wanted.norm())
 
 
+def updates(device: str, precision: Mapping[str, Any]) -> list[torch.Tensor]:
+    """[R] log-probabilities of a batch that is stepped on, before each of three updates and after the last."""
+    parallel = {"use_distributed_optimizer": True}
+    with one_rank(device, **parallel) as ranks:
+        runner = Runner(Case(model={}, precision=precision, parallel=parallel), ranks)
+        logps = []
+        for _ in range(3):
+            logps.append(runner.step().logps_R.cpu())
+            runner.updater.step(runner.batch.num_groups)
+        return [*logps, runner.passes().logps_R.cpu()]
+
+
 def packed_against_padded(device: str, precision: Mapping[str, Any], transformer_impl: str) -> dict[str, Any]:
     """The same groups in packed and in padded microbatches: per-token log-probabilities and gradients."""
     with one_rank(device) as ranks:

@@ -101,6 +101,22 @@ def test_first_and_last_layers_stay_in_bf16(transformer_engine: None):
     assert max(result["drifts"]) == 0.0
 
 
+@pytest.mark.parametrize(("format_", "recipe"), [entry for entry in RECIPES if entry[1] != "mxfp8"])
+def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(
+    transformer_engine: None, format_: str, recipe: str
+):
+    import torch
+    from two_pass_case import updates
+
+    skip_where_refused(recipe)
+    bf16, in_fp8 = (updates("cuda", precision(format_, recipe, fp8_param_gather=kept)) for kept in (False, True))
+    assert torch.equal(in_fp8[0], bf16[0]), "one function before any update"
+    gaps = [float((found - wanted).abs().max()) for wanted, found in zip(bf16, in_fp8, strict=True)]
+    moved = float((bf16[-1] - bf16[0]).abs().max())
+    print(f"{recipe}: log-probabilities apart by {gaps}, moved by {moved:.3f}")
+    assert max(gaps) < 0.1 * moved  # the order of sums in a backward and in the norm may differ
+
+
 def test_packed_is_padded_in_fp8(transformer_engine: None):
     from two_pass_case import packed_against_padded
 
