@@ -100,6 +100,8 @@ class _Fp8Weights:
                 place.quantized._quantizer = quantizer.copy()
             # Delayed scaling notes the largest value that it quantizes: of this one, not of others before it.
             amax.zero_()
+        *_, scales = raw_parts(place.quantized)
+        scales.zero_()  # blockwise ones have padding that no kernel writes, and replicas are compared
         place.quantized.copy_(value)
         post_all_gather_processing([place.quantized])
 

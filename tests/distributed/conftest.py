@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import te_runtime
 import tiny_run
 from rank_pool import RankPool
+from te_pool import TePool
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,6 +24,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pool() -> Iterator[RankPool]:
     """Four ranks, started when the first test asks for them."""
     ranks = RankPool(4)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def te_pool() -> Iterator[TePool]:
+    """Ranks on which Transformer Engine's own Python runs."""
+    if (problem := te_runtime.problem()) is not None:
+        pytest.skip(problem)
+    ranks = TePool()
     yield ranks
     ranks.close()
 

@@ -1,4 +1,4 @@
-"""Runs on ranks where ``te_runtime.start()`` has been called: policies of Transformer Engine's layers on the CPU."""
+"""Runs on ranks that came through ``te_runtime.call``: policies of Transformer Engine's layers on the CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import graph_case
+import te_runtime
 import torch
 import two_pass_case
 from fused_layers import sized
@@ -184,7 +185,8 @@ def fp8_steps(
 ) -> dict[str, Any]:
     """Three steps, by weights of ``load`` where given: log-probabilities, digests, what is held of the weights."""
     parallel = {"use_distributed_optimizer": True} | dict(parallel)
-    model = {} if family is None else sized(family)
+    layers = 4 if "virtual_pipeline_model_parallel_size" in parallel else 2
+    model = {"num_layers": layers} if family is None else sized(family)
     if load is not None and is_hf_folder(Path(load)):
         model = dataclasses.asdict(open_hf_model(Path(load)).model)
         del model["transformer_impl"]
@@ -235,6 +237,45 @@ def _steps_of(runner: Runner, load: str | None) -> dict[str, Any]:
     whole = sum(p.numel() * 2 for p in weights)
     held = sum(part.numel() * part.element_size() for p in weights for part in raw_parts(p))
     return {"same": found, "quantized": len(quantized), "bytes": held / whole}
+
+
+def casts_of_blocks(precision: Mapping[str, Any]) -> list[tuple[float, float | None, float]]:
+    """Of tensors of several shapes: the largest relative error of a cast by rows; how far Transformer Engine's own
+    reader, where it has one in Python, is from the stand-in's; the error of the cast by columns."""
+    import te_kernels
+    import transformer_engine_torch as tex  # pyright: ignore[reportMissingImports]
+    from te_blocks import plain_blocks
+    from transformer_engine.pytorch.tensor import (  # pyright: ignore[reportMissingImports]
+        Float8BlockQuantizer,
+        MXFP8Quantizer,
+    )
+
+    host_device.activate()
+    dtype, both = tex.DType.kFloat8E4M3, {"rowwise": True, "columnwise": True}
+    quantizers: list[tuple[Any, tuple[int, ...]]] = [(MXFP8Quantizer(dtype, **both), (2, 32, 96))]
+    if precision["fp8_recipe"] == "blockwise":
+        quantizers = [
+            (Float8BlockQuantizer(dtype, block_scaling_dim=2, **both), (200, 144)),
+            (Float8BlockQuantizer(dtype, block_scaling_dim=1, **both), (3, 70, 144)),
+            (Float8BlockQuantizer(dtype, block_scaling_dim=1, all_gather_usage=True, **both), (2, 128, 256)),
+        ]
+    torch.manual_seed(0)
+    found = []
+    for quantizer, shape in quantizers:
+        x = torch.randn(shape)
+        cast = te_kernels.quantize(x, quantizer)
+        rows, columns = (plain_blocks(cast, torch.float8_e4m3fn, columnwise=side) for side in (False, True))
+        read = None
+        if precision["fp8_recipe"] == "blockwise":
+            read = float((cast.dequantize() - rows).abs().max())
+            if not quantizer.all_gather_usage and quantizer.block_scaling_dim == 1:
+                cast.update_usage(rowwise_usage=False, columnwise_usage=True)
+                read = max(read, float((cast.dequantize() - columns).abs().max()))
+        normal = x.abs() > 2**-3  # below, a block's scale may leave fewer bits
+        errors = [float(((side - x).abs() / x.abs())[normal].max()) for side in (rows, columns)]
+        assert rows.shape == columns.shape == x.shape
+        found.append((errors[0], read, errors[1]))
+    return found
 
 
 def altered_replicas(precision: Mapping[str, Any]) -> list[str | None]:
@@ -345,16 +386,18 @@ def its_optimizer() -> Iterator[None]:
 
 
 def suite_points(names: Sequence[str], sizes: Mapping[str, Any] | None = None) -> dict[str, list[dict[str, Any]]]:
-    """Parts of the GPU suite on toy sizes, or on ``sizes``, in its layers; recipes without stand-ins are left out."""
+    """Parts of the GPU suite on toy sizes, or on ``sizes``, in its layers, with the recipes of one generation."""
     import gpu_step
     from gpu_parts import PARTS, Context
 
     kept = gpu_step.refusal, dict(gpu_step._TINY)
 
     def refusal(setting: gpu_step.Setting, context: Context) -> str | None:
-        if setting.precision in ("fp8-blockwise", "fp8-mxfp8"):
-            return "its blocks have no stand-in here"
-        return kept[0](setting, context) if setting.cuda_graphs else None
+        if setting.cuda_graphs:
+            return kept[0](setting, context)
+        newer = torch.cuda.get_device_capability()[0] >= te_runtime.BLACKWELL
+        wrong = setting.precision.startswith("fp8-") and (setting.precision == "fp8-mxfp8") != newer
+        return "of another generation than the one that is pretended" if wrong else None
 
     gpu_step.refusal = refusal
     gpu_step._TINY |= sizes or {}

@@ -28,11 +28,19 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "2")
     import te_runtime
+    from rank_pool import RankPool
 
     if (problem := te_runtime.problem()) is not None:
         print(problem, file=sys.stderr)
         return 1
-    points = te_runtime.call("te_case", "suite_points", ("fp8-gradients", "fp8-curve"), SIZES)
+    points: dict[str, list[dict[str, Any]]] = {}
+    for call in (te_runtime.call, te_runtime.call_on_blackwell):
+        pool = RankPool(1)
+        (found,) = pool.run(1, call, "te_case", "suite_points", ("fp8-gradients", "fp8-curve"), SIZES, timeout=3600)
+        pool.close()
+        for name, own in found.items():
+            first = name not in points
+            points.setdefault(name, []).extend(p for p in own if "refused" not in p and (first or is_of_mxfp8(p)))
     from bench_output import write_text
     from record import machine
 
@@ -45,6 +53,11 @@ def main() -> int:
     print(page)
     every = [point for part in points.values() for point in part]
     return 1 if any(point.get("drift") or "error" in point for point in every) else 0
+
+
+def is_of_mxfp8(point: dict[str, Any]) -> bool:
+    """The recipe that is measured on its own."""
+    return "mxfp8" in str(point.get("precision", point.get("run")))
 
 
 def report(points: dict[str, list[dict[str, Any]]], facts: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from te_blocks import plain_blocks, quantize_blocks
 from torch import Tensor
 
 DType = Enum(
@@ -45,10 +46,12 @@ def _fp8(te_dtype: Any) -> torch.dtype:
     return torch.float8_e5m2 if "E5M2" in str(te_dtype) else torch.float8_e4m3fn
 
 
-def _plain(tensor: Any) -> Tensor:
+def _plain(tensor: Any, *, columnwise: bool = False) -> Tensor:
     """What a quantized tensor stands for, in float32; others as they are, in at least float32."""
     if not hasattr(tensor, "_fp8_dtype"):
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    if hasattr(tensor, "_rowwise_data"):
+        return plain_blocks(tensor, _fp8(tensor._fp8_dtype), columnwise=columnwise)
     data = tensor._data
     if data is None:
         transposed = tensor._transpose.view(_fp8(tensor._fp8_dtype)).float()
@@ -59,8 +62,8 @@ def _plain(tensor: Any) -> Tensor:
 
 
 def _check_usage(tensor: Any, *, transposed: bool) -> None:
-    if not hasattr(tensor, "_fp8_dtype"):
-        return
+    if not hasattr(tensor, "_fp8_dtype") or hasattr(tensor, "_rowwise_data"):
+        return  # the latter is cast twice, and taken apart by side
     data, transpose = tensor._data, None if tensor._transpose_invalid else tensor._transpose
     assert (transpose if transposed else data) is not None, "a GPU's product would lack this side of an FP8 tensor"
     if data is not None and transpose is not None:
@@ -97,7 +100,7 @@ def generic_gemm(
     # Hopper multiplies FP8 along the last dimension of both alone: the other way round it takes a transpose.
     _check_usage(A, transposed=not transa)
     _check_usage(B, transposed=transb)
-    a, b = _plain(A), _plain(B)
+    a, b = _plain(A, columnwise=not transa), _plain(B, columnwise=transb)
     if transb:  # over all tokens
         product = b.flatten(0, -2).T @ a.flatten(0, -2)
     else:
@@ -192,11 +195,14 @@ def _finish(normed: Tensor, out: Any, quantizer: Any, dtype: Any) -> Any:
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
-    """Per-tensor FP8, by the quantizer's scale (delayed) or by one from the tensor itself (current)."""
+    """FP8 by the quantizer's scale (delayed), by one from the tensor itself (current), or from its blocks."""
     assert noop is None or not bool(noop.item())
     if output is None:
         output = quantizer.make_empty(list(tensor.shape), dtype=tensor.dtype, device=tensor.device)
     fp8 = _fp8(quantizer.dtype)
+    if hasattr(output, "_rowwise_data"):
+        quantize_blocks(tensor, quantizer, output, fp8)
+        return output
     largest = torch.finfo(fp8).max
     amax = tensor.detach().float().abs().amax() if tensor.numel() else torch.zeros(())
     if type(quantizer).__name__ == "Float8CurrentScalingQuantizer":
@@ -336,12 +342,32 @@ def multi_tensor_scale(_chunk_size: int, _noop: Tensor, lists: list[list[Tensor]
 def multi_tensor_compute_scale_and_scale_inv(
     _chunk_size: int, _noop: Tensor, lists: list[list[Tensor]], largest: float, powers_of_2: bool, epsilon: float
 ) -> None:
-    """Tensorwise scales and their inverses from maxima."""
-    assert not powers_of_2
+    """Scales and their inverses from maxima."""
     assert not epsilon
     for amax, scale, scale_inv in zip(*lists, strict=True):
-        scale.copy_(largest / amax if float(amax) > 0 else torch.ones_like(amax))
+        found = torch.where(amax > 0, largest / amax, torch.ones_like(amax))
+        scale.copy_(torch.exp2(found.log2().floor()) if powers_of_2 else found)
         scale_inv.copy_(1.0 / scale)
+
+
+def fp8_block_scaling_compute_partial_amax(
+    part: Tensor, amax: Tensor, _height: int, width: int, start: int, block: int
+) -> None:
+    """Maxima of a weight's 128 x 128 blocks over a part of its numbers, those from ``start`` on."""
+    index = torch.arange(start, start + part.numel())
+    blocks = index // width // block * amax.shape[1] + index % width // block
+    amax.view(-1).scatter_reduce_(0, blocks, part.detach().float().abs().flatten(), "amax")
+
+
+def fp8_block_scaling_partial_cast(
+    part: Tensor, into: Tensor, scale: Tensor, _height: int, width: int, start: int, block: int, dtype: Any
+) -> None:
+    """The part's bytes, by the scales of its blocks."""
+    fp8 = _fp8(dtype)
+    largest = torch.finfo(fp8).max
+    index = torch.arange(start, start + part.numel())
+    scales = scale[index // width // block, index % width // block]
+    into.copy_((part.detach().float().flatten() * scales).clamp(-largest, largest).to(fp8).view(torch.uint8))
 
 
 def get_fused_attn_backend(*_: Any) -> Any:

@@ -7,15 +7,18 @@ comes before, in a process that does nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+HOPPER, BLACKWELL = 9, 10
 FOLDER = Path(sys.prefix) / "transformer_engine_python"
 """Where ``make setup`` puts the package: off the path, since Megatron-Core does not import beside half of it."""
 
@@ -36,13 +39,23 @@ def version() -> str:
 
 def call(module: str, function: str, *args: Any, **kwargs: Any) -> Any:
     """A function of a module of this folder, after :func:`start`; what the ranks of a pool are given."""
-    start()
+    start(HOPPER)
+    return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+
+def call_on_blackwell(module: str, function: str, *args: Any, **kwargs: Any) -> Any:
+    """The same, in a process that pretends the generation which has mxfp8."""
+    start(BLACKWELL)
     return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
 
 @functools.cache
-def start() -> None:
-    """Make ``transformer_engine.pytorch`` importable and willing, for the rest of the process."""
+def start(generation: int) -> None:
+    """Make ``transformer_engine.pytorch`` importable and willing, for the rest of the process.
+
+    Args:
+        generation: compute capability of the device that is pretended, before the point.
+    """
     assert "megatron" not in sys.modules, "Megatron has looked for Transformer Engine already"
     import torch
 
@@ -63,7 +76,7 @@ def start() -> None:
     common.load_framework_extension = lambda _framework: None
     os.environ["NVTE_MASKED_SOFTMAX_FUSION"] = "0"  # its softmax in PyTorch
     package.pytorch = importlib.import_module("transformer_engine.pytorch")  # type: ignore[attr-defined]
-    _pretend_a_device(torch)
+    _pretend_a_device(torch, generation)
 
 
 def _package() -> Path | None:
@@ -108,7 +121,7 @@ def _compiled_part() -> ModuleType:
     return module
 
 
-def _pretend_a_device(torch: Any) -> None:
+def _pretend_a_device(torch: Any, generation: int) -> None:
     """Answers for what the package asks of CUDA before it calls a kernel."""
     from transformer_engine.pytorch import distributed  # pyright: ignore[reportMissingImports]
     from transformer_engine.pytorch.cpp_extensions import gemm  # pyright: ignore[reportMissingImports]
@@ -123,8 +136,13 @@ def _pretend_a_device(torch: Any) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._module, name)
 
+    @contextlib.contextmanager
+    def one_by_one(*_: Any, **__: Any) -> Iterator[Any]:  # gloo has no calls of several collectives
+        yield SimpleNamespace(wait=lambda: None)
+
+    distributed.torch = But(torch, distributed=But(torch.distributed, _coalescing_manager=one_by_one))
     base.torch = But(torch, cuda=But(torch.cuda, is_available=lambda: True))
-    device = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=1 << 37)
+    device = SimpleNamespace(major=generation, minor=0, multi_processor_count=132, total_memory=1 << 37)
     torch.cuda.get_device_properties = lambda *_: device
     torch.cuda.get_device_capability = lambda *_: (device.major, device.minor)
     torch.cuda.is_current_stream_capturing = lambda: False

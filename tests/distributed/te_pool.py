@@ -1,0 +1,32 @@
+"""Ranks for Transformer Engine's own Python (te_runtime.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import te_runtime
+from rank_pool import RankPool
+
+
+class TePool:
+    """Ranks of their own, since what stands in for kernels stays in a process; others where mxfp8 is asked for."""
+
+    def __init__(self) -> None:
+        self.hopper, self.blackwell = RankPool(4), RankPool(2)
+
+    def run(self, num_ranks: int, function: str, *args: Any, **how: Any) -> list[Any]:
+        """A function of ``te_case``."""
+        if any(isinstance(arg, Mapping) and arg.get("fp8_recipe") == "mxfp8" for arg in args):
+            return self.blackwell.run(num_ranks, te_runtime.call_on_blackwell, "te_case", function, *args, **how)
+        return self.hopper.run(num_ranks, te_runtime.call, "te_case", function, *args, **how)
+
+    def one(self, function: str, *args: Any) -> Any:
+        """The same on one rank."""
+        (result,) = self.run(1, function, *args)
+        return result
+
+    def close(self) -> None:
+        """End all processes."""
+        self.hopper.close()
+        self.blackwell.close()
