@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
+from megatron.core.fp8_utils import is_first_last_bf16_layer, is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -121,8 +121,10 @@ def _window(whole: Tensor, masters: _Masters) -> Tensor:
 def keep_in_fp8(chunks: Sequence[torch.nn.Module]) -> None:
     """Of chunks that Megatron has built with FP8 weights: from now on :func:`full_weights` knows them."""
     for chunk in chunks:
-        chunk.fp8_weights = _Fp8Weights(chunk)  # type: ignore[assignment]
-    assert any(weights.places for weights in _of(chunks)), "Transformer Engine's layers were to keep FP8 weights"
+        chunk.fp8_weights = own = _Fp8Weights(chunk)  # type: ignore[assignment]
+        layers: Any = chunk.decoder.layers
+        in_fp8 = [layer for layer in layers if not is_first_last_bf16_layer(layer.config, layer.layer_number - 1)]
+        assert bool(own.places) == bool(in_fp8), "Transformer Engine's layers were to keep FP8 weights"
 
 
 def attach_masters(chunks: Sequence[Any], optimizer: MegatronOptimizer) -> None:

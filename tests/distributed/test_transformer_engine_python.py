@@ -242,6 +242,17 @@ def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(
         assert found["bytes"] < 0.6 < wanted["bytes"] == 1.0
 
 
+def test_a_stage_whose_layers_are_all_in_bf16_keeps_no_weights_in_fp8(te_pool: RankPool):
+    precision = fp8("hybrid", "tensorwise") | {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2}
+    arguments = (None, {"pipeline_model_parallel_size": 2})
+    runs = [
+        te_pool.run(2, te_runtime.call, "te_case", "fp8_steps", precision | kept, *arguments) for kept in ({}, IN_FP8)
+    ]
+    for wanted, found in zip(*runs, strict=True):
+        assert found["same"] == wanted["same"]
+    assert [stage["quantized"] > 0 for stage in runs[1]] == [False, True]
+
+
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
 def test_a_checkpoint_of_weights_kept_in_fp8_holds_what_they_were_rounded_from(
     te_pool: RankPool, tmp_path: Path, recipe: str
