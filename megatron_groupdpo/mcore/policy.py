@@ -91,7 +91,10 @@ def build_policy(
     if seed is not None:
         with full_weights(chunks, changed=True):
             initialize_weights(chunks, model, seed=seed)
-    wrapped = wrap_for_training(chunks, config, parallel) if training else wrap_for_inference(chunks, config)
+    if training:
+        wrapped: list[Any] = [*wrap_for_training(chunks, config, parallel, captured=precision.cuda_graphs)]
+    else:
+        wrapped = wrap_for_inference(chunks, config)
     scaling = None
     if precision.fp8_recipe is not None:
         scaling = TwoPassScaling(TransformerEngineState(wrapped, recipe=precision.fp8_recipe, device=ranks.device))
