@@ -122,8 +122,10 @@ def keep_in_fp8(chunks: Sequence[torch.nn.Module]) -> None:
     """Of chunks that Megatron has built with FP8 weights: from now on :func:`full_weights` knows them."""
     for chunk in chunks:
         chunk.fp8_weights = own = _Fp8Weights(chunk)  # type: ignore[assignment]
-        layers: Any = chunk.decoder.layers
-        in_fp8 = [layer for layer in layers if not is_first_last_bf16_layer(layer.config, layer.layer_number - 1)]
+        decoder: Any = chunk.decoder
+        in_fp8 = [
+            layer for layer in decoder.layers if not is_first_last_bf16_layer(layer.config, layer.layer_number - 1)
+        ]
         assert bool(own.places) == bool(in_fp8), "Transformer Engine's layers were to keep FP8 weights"
 
 
