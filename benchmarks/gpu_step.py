@@ -241,7 +241,7 @@ class Bench:
             "seconds": seconds,
             "tokens_per_s": planned.num_tokens / seconds,
             "flops": step_flops(self.policy.model, planned.batch, scoring_pass=scoring),
-            "optimizer_bytes": optimizer_bytes(self.policy.num_parameters(), setting.precision)
+            "optimizer_bytes": optimizer_bytes(self.policy.num_parameters(), setting)
             if self.updater is not None
             else 0,
             "peak_bytes": peak_memory_bytes(self.ranks.device),
@@ -268,13 +268,14 @@ class _Groups:
     model: dict[str, Any]
 
 
-def optimizer_bytes(num_parameters: int, precision: str) -> int:
+def optimizer_bytes(num_parameters: int, setting: Setting) -> int:
     """Bytes an update cannot but move: float32 gradient, both moments and master weight, read; the last three, written.
 
-    In half precision the model's own copy is written too. The norm for clipping reads the gradient once more, and the
+    In half precision the model's own copy is written too, in FP8 where weights are kept so. The norm for clipping reads the gradient once more, and the
     buffer is zeroed for the next step.
     """
-    return num_parameters * (4 * (4 + 3) + 4 + 4 + (0 if precision == "fp32" else 2))
+    own_copy = 0 if setting.precision == "fp32" else 1 if setting.fp8_weights else 2
+    return num_parameters * (4 * (4 + 3) + 4 + 4 + own_copy)
 
 
 @contextmanager

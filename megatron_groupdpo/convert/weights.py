@@ -88,7 +88,7 @@ def fill_on_all_ranks(policy: Policy, source: HfModel) -> None:
     is_first = dist.get_rank() == 0
     size = sum(s.data.numel() * s.data.element_size() for s in policy_shards(policy)) if is_first else 0
     with (
-        full_weights(policy.chunks, changed=True),
+        full_weights(policy.chunks, read=False, changed=True),
         together(),
         byte_bar(f"read {source.folder}", size, quiet=not is_first) as bar,
     ):

@@ -250,7 +250,7 @@ def _sharded_state(chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *
         own = models()
         model_state = own if len(chunks) > 1 else {"model": own["model0"]}
         state["optimizer"] = optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
-    with full_weights(chunks):
+    with full_weights(chunks, read=not is_loading):
         return models() | state
 
 
@@ -263,7 +263,7 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
     _check_shapes(folder, state)
     _leave_out_absent_state(folder, state)
     loaded = _read(folder, state)
-    with full_weights(chunks, changed=True):
+    with full_weights(chunks, read=False, changed=True):
         for index, chunk in enumerate(chunks):
             found = _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
             wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if not key.endswith(_EXTRA_STATE))]

@@ -19,7 +19,8 @@ the swapped reference all write in place; :meth:`LayerGraphs.check_addresses` ho
 
 Gradients. Those of weights leave a replayed backward as autograd's outputs, and Megatron's hooks, which add them to its
 buffers and start reductions, are on the nodes after that. Captures run backwards through ``torch.autograd.grad``, which
-does not reach those nodes.
+does not run those nodes, but does make their stream wait: so they are made in another one than the default
+(``model.py``, ``wrap_for_training``).
 
 Python. None runs in a replayed layer: no hooks of modules, no reads of the device, no copies from the host.
 """
@@ -184,7 +185,10 @@ class LayerGraphs:
             hooked = [
                 type(module).__name__
                 for module in layer.modules()
-                if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+                if module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
             ]
             assert not hooked, f"hooks in a captured layer would not run: {hooked}"
             layers.append(_PositionalLayer(layer, forward))

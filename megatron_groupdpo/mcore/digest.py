@@ -47,7 +47,7 @@ def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.devi
 
 def count_parameters(chunks: Sequence[Any], *, device: torch.device) -> int:
     """Parameters of the whole model, each counted once; equal on all ranks."""
-    with full_weights(chunks):
+    with full_weights(chunks, read=False):
         own = sum(math.prod(shard.local_shape) for shard in _own_shards(chunks))
     total = torch.tensor(own, device=device)
     dist.all_reduce(total)

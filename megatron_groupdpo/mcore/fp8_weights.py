@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
+from megatron.core.fp8_utils import is_first_last_bf16_layer, is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
@@ -82,6 +82,9 @@ class _Fp8Weights:
         dist.all_reduce(whole.view(torch.uint8), group=masters.group)
         return whole
 
+    def empty(self, place: _Place) -> Tensor:
+        return torch.empty(place.quantized.shape, dtype=place.quantized.dtype, device=place.quantized.device)
+
     def fill(self, place: _Place, value: Tensor) -> None:
         """Take ``value`` for the weight: what it is quantized from, and quantized."""
         if self._masters is None:
@@ -123,8 +126,12 @@ def _window(whole: Tensor, masters: _Masters) -> Tensor:
 def keep_in_fp8(chunks: Sequence[torch.nn.Module]) -> None:
     """Of chunks that Megatron has built with FP8 weights: from now on :func:`full_weights` knows them."""
     for chunk in chunks:
-        chunk.fp8_weights = _Fp8Weights(chunk)  # type: ignore[assignment]
-    assert any(weights.places for weights in _of(chunks)), "Transformer Engine's layers were to keep FP8 weights"
+        chunk.fp8_weights = own = _Fp8Weights(chunk)  # type: ignore[assignment]
+        decoder: Any = chunk.decoder
+        in_fp8 = [
+            layer for layer in decoder.layers if not is_first_last_bf16_layer(layer.config, layer.layer_number - 1)
+        ]
+        assert bool(own.places) == bool(in_fp8), "Transformer Engine's layers were to keep FP8 weights"
 
 
 def attach_masters(chunks: Sequence[Any], optimizer: MegatronOptimizer) -> None:
@@ -135,13 +142,15 @@ def attach_masters(chunks: Sequence[Any], optimizer: MegatronOptimizer) -> None:
 
 @contextmanager
 @torch.no_grad()
-def full_weights(chunks: Sequence[Any], *, changed: bool = False) -> Iterator[None]:
+def full_weights(chunks: Sequence[Any], *, read: bool = True, changed: bool = False) -> Iterator[None]:
     """The chunks' parameters as of a bf16 model, for whoever names, hashes, saves or fills them; no forward in here.
 
-    A collective call, and nothing at all for weights that are not kept in FP8. Costs 2 bytes a weight meanwhile.
+    A collective call where it reads, and nothing at all for weights that are not kept in FP8. Costs 2 bytes a weight
+    meanwhile.
 
     Args:
         chunks: wrapped or not.
+        read: off: all of them will be filled, or only their shapes matter; what they hold at the start is arbitrary.
         changed: take what the parameters hold at the end, also as the optimizer's float32 copies.
     """
     kept = [(weights, place) for weights in _of(chunks) for place in weights.places]
@@ -149,7 +158,8 @@ def full_weights(chunks: Sequence[Any], *, changed: bool = False) -> Iterator[No
         yield
         return
     finish_param_gather(chunks)
-    shown = [torch.nn.Parameter(weights.full(place), requires_grad=False) for weights, place in kept]
+    values = [weights.full(place) if read else weights.empty(place) for weights, place in kept]
+    shown = [torch.nn.Parameter(value, requires_grad=False) for value in values]
     for (_, place), parameter in zip(kept, shown, strict=True):
         place.module._parameters[place.name] = parameter
     try:

@@ -5,9 +5,11 @@ Megatron-Core 0.19 announces ``HybridModel`` as the successor of ``GPTModel``; t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -273,8 +275,13 @@ def wrap_for_training(
     chunks: list[torch.nn.Module],
     config: TransformerConfig,
     parallel: ParallelConfig,
+    *,
+    captured: bool = False,
 ) -> list[DistributedDataParallel]:
-    """Half-precision wrapper where asked, then Megatron's gradient buffers (float32, summed over the ranks)."""
+    """Half-precision wrapper where asked, then Megatron's gradient buffers (float32, summed over the ranks).
+
+    ``captured``: layers will be captured as CUDA graphs.
+    """
     for chunk in chunks:
         mark_experts(chunk)
     if config.bf16:
@@ -289,7 +296,20 @@ def wrap_for_training(
         average_in_collective=False,
         check_for_nan_in_grad=False,  # scores and the gradient norm are checked, with a message, in the step
     )
-    return [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    with _in_a_stream_of_its_own() if captured else contextlib.nullcontext():
+        return [
+            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=index > 0)
+            for index, chunk in enumerate(chunks)
+        ]
+
+
+@contextlib.contextmanager
+def _in_a_stream_of_its_own() -> Iterator[None]:
+    """Megatron's hooks keep the weights' gradient nodes, each with the stream that it was made in. A backward makes
+    that stream wait, and the default one cannot wait for a capture. Megatron's ``training.py`` takes another one too.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)

@@ -89,9 +89,12 @@ def build_policy(
         assert seed is not None, "scales would follow from memory that nobody filled"
         keep_in_fp8(chunks)
     if seed is not None:
-        with full_weights(chunks, changed=True):
+        with full_weights(chunks, read=False, changed=True):
             initialize_weights(chunks, model, seed=seed)
-    wrapped = wrap_for_training(chunks, config, parallel) if training else wrap_for_inference(chunks, config)
+    if training:
+        wrapped: list[Any] = [*wrap_for_training(chunks, config, parallel, captured=precision.cuda_graphs)]
+    else:
+        wrapped = wrap_for_inference(chunks, config)
     scaling = None
     if precision.fp8_recipe is not None:
         scaling = TwoPassScaling(TransformerEngineState(wrapped, recipe=precision.fp8_recipe, device=ranks.device))

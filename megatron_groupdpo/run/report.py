@@ -41,6 +41,7 @@ def print_start(run: Run, first: PlannedBatch) -> None:
             ("distributed optimizer", parallel.use_distributed_optimizer),
             ("gradients reduced in the backward", parallel.overlap_grad_reduce),
             ("weights gathered in the forward", parallel.overlap_param_gather),
+            ("weights kept in FP8", config.precision.fp8_param_gather),
             ("fused log-probabilities", run.policy.engine.fused_logprobs),
             ("layers as CUDA graphs", run.policy.engine.graphs is not None),
         )

@@ -8,6 +8,7 @@ import io
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import tiny_run
@@ -20,6 +21,7 @@ from two_pass_case import LOSS, Case, Runner, agreement, captured_against_layers
 
 from megatron_groupdpo.data.microbatches import build_microbatches
 from megatron_groupdpo.data.planner import plan_whole_groups
+from megatron_groupdpo.mcore import model
 from megatron_groupdpo.mcore.generate import SamplingOptions, sample
 from megatron_groupdpo.mcore.gradient import PlainEngine
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
@@ -153,6 +155,8 @@ def broken(how: str) -> str:
         layers: Any = runner.policy.chunks[0].module.decoder.layers
         if how == "a hook in a layer":
             layers[1].mlp.linear_fc1.register_forward_hook(lambda *_: None)
+        if how == "a hook before a layer's backward":
+            layers[1].mlp.register_full_backward_pre_hook(lambda *_: None)
         runner.step()
         if how == "a moved weight":
             weight = layers[0].mlp.linear_fc1.weight
@@ -184,6 +188,35 @@ def a_larger_buffer_leaves_the_captured_one() -> bool:
         runner.step()
         buffers.get_tensor((1000,), torch.float32, "mpu")
         return captured_with() is not None
+
+
+def streams_of_gradient_hooks(graphs: bool) -> list[str]:
+    """What streams do while Megatron hangs its hooks on the weights' gradient nodes."""
+    seen: list[str] = []
+    build = model.DistributedDataParallel
+
+    class Stream:
+        def __init__(self, name: str = "own") -> None:
+            self.name = name
+
+        def wait_stream(self, other: Any) -> None:
+            seen.append(f"{self.name} waits for {other.name}")
+
+    @contextlib.contextmanager
+    def entered(stream: Any) -> Iterator[None]:
+        seen.append(f"in {stream.name}")
+        yield
+        seen.append(f"out of {stream.name}")
+
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        seen.append("hooks")
+        return build(*args, **kwargs)
+
+    with one_rank("cpu") as ranks, graphs_on_a_cpu():
+        fakes: dict[str, Any] = {"Stream": Stream, "current_stream": lambda *_: Stream("current"), "stream": entered}
+        with mock.patch.multiple(torch.cuda, **fakes), mock.patch.object(model, "DistributedDataParallel", hook):
+            Runner(Case(model={}, precision={"cuda_graphs": graphs}, transformer_impl="local"), ranks)
+    return seen
 
 
 def sampled_alike() -> bool:

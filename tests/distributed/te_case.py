@@ -129,13 +129,23 @@ def contract_with_stale_weights(precision: Mapping[str, Any]) -> dict[str, Any]:
         state.forget_weights, module.set_is_first_microbatch = kept  # type: ignore[method-assign]
 
 
-def resume(precision: Mapping[str, Any], folder: str, sharded: bool) -> dict[str, Any]:
-    """Three steps, and two saved with a third after a load: the last log-probabilities, and the weights after them."""
+def resume(
+    precision: Mapping[str, Any], folder: str, sharded: bool, switched: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Three steps, and two saved with a third after a load: the last log-probabilities, and the weights after them.
+
+    ``switched``: the third step's precision where it is another; gradients are then left unclipped, since the norm of
+    FP8 weights is summed in another order.
+    """
     with layers_allowed_on_a_cpu(), its_optimizer(), gathered_bucket_by_bucket():
         case = Case(model={}, precision=UNFUSED | dict(precision), parallel={"use_distributed_optimizer": sharded})
+        then = case
+        if switched is not None:
+            case = dataclasses.replace(case, clip_grad=0.0)
+            then = dataclasses.replace(case, precision=UNFUSED | dict(switched))
         whole = _steps(case, 3, load=None, save=None)
         _steps(case, 2, load=None, save=Path(folder))
-        return {"whole": whole, "resumed": _steps(case, 1, load=Path(folder), save=None)}
+        return {"whole": whole, "resumed": _steps(then, 1, load=Path(folder), save=None)}
 
 
 @contextmanager
@@ -185,7 +195,7 @@ def fp8_steps(
 ) -> dict[str, Any]:
     """Three steps, by weights of ``load`` where given: log-probabilities, digests, what is held of the weights."""
     parallel = {"use_distributed_optimizer": True} | dict(parallel)
-    layers = 4 if "virtual_pipeline_model_parallel_size" in parallel else 2
+    layers = 4 if "pipeline_model_parallel_size" in parallel else 2
     model = {"num_layers": layers} if family is None else sized(family)
     if load is not None and is_hf_folder(Path(load)):
         model = dataclasses.asdict(open_hf_model(Path(load)).model)

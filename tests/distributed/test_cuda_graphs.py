@@ -101,6 +101,7 @@ def test_the_one_graph_runs_uncaptured_and_agrees(pool: RankPool):
     ("how", "why"),
     [
         ("a hook in a layer", "hooks in a captured layer would not run"),
+        ("a hook before a layer's backward", "hooks in a captured layer would not run"),
         ("a moved weight", "a weight was moved after its layer was captured"),
         ("two microbatches in flight", "a microbatch begins before the backward"),
     ],
@@ -116,6 +117,13 @@ def test_the_stand_in_sees_an_output_that_is_read_too_late(pool: RankPool):
 
 def test_graphs_keep_the_gather_buffer_they_know(pool: RankPool):
     assert pool.run(1, graph_case.a_larger_buffer_leaves_the_captured_one) == [True]
+
+
+def test_gradient_nodes_of_weights_are_not_made_in_the_default_stream(pool: RankPool):
+    """Megatron's hooks keep them, and a backward that is captured would make the default stream wait for it."""
+    apart = ["own waits for current", "in own", "hooks", "out of own", "current waits for own"]
+    assert pool.run(1, graph_case.streams_of_gradient_hooks, True) == [apart]
+    assert pool.run(1, graph_case.streams_of_gradient_hooks, False) == [["hooks"]]
 
 
 def test_sampling_goes_around_the_graphs(pool: RankPool):

@@ -111,6 +111,18 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     assert result["resumed"] == result["whole"]
 
 
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+@pytest.mark.parametrize("kept", [True, False], ids=["then kept in FP8", "no longer kept"])
+def test_a_resumed_run_may_keep_its_weights_otherwise(te_pool: TePool, tmp_path: Path, recipe: str, kept: bool):
+    """With its optimizer's state, bit by bit."""
+    before, after = (
+        fp8("hybrid", recipe) | {"fp8_param_gather": not kept},
+        fp8("hybrid", recipe) | {"fp8_param_gather": kept},
+    )
+    result = te_pool.one("resume", before, str(tmp_path), True, after)
+    assert result["resumed"] == result["whole"]
+
+
 @pytest.fixture(scope="module")
 def suite(te_pool: TePool) -> dict[str, list[dict[str, Any]]]:
     (points,) = te_pool.run(1, "suite_points", SUITE_PARTS, SUITE_SIZES, timeout=400)
@@ -179,6 +191,15 @@ def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(
         assert found["same"]["replicas"] is None
         assert wanted["quantized"] == 0 < found["quantized"]
         assert found["bytes"] < 0.6 < wanted["bytes"] == 1.0
+
+
+def test_a_stage_whose_layers_are_all_in_bf16_keeps_no_weights_in_fp8(te_pool: TePool):
+    precision = fp8("hybrid", "tensorwise") | {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2}
+    arguments = (None, {"pipeline_model_parallel_size": 2})
+    runs = [te_pool.run(2, "fp8_steps", precision | kept, *arguments) for kept in ({}, IN_FP8)]
+    for wanted, found in zip(*runs, strict=True):
+        assert found["same"] == wanted["same"]
+    assert [stage["quantized"] > 0 for stage in runs[1]] == [False, True]
 
 
 @pytest.mark.parametrize("recipe", RECIPES[:3])
