@@ -271,8 +271,8 @@ class _Groups:
 def optimizer_bytes(num_parameters: int, setting: Setting) -> int:
     """Bytes an update cannot but move: float32 gradient, both moments and master weight, read; the last three, written.
 
-    In half precision the model's own copy is written too, in FP8 where weights are kept so. The norm for clipping reads the gradient once more, and the
-    buffer is zeroed for the next step.
+    In half precision the model's own copy is written too, in FP8 where weights are kept so. The norm for clipping reads
+    the gradient once more, and the buffer is zeroed for the next step.
     """
     own_copy = 0 if setting.precision == "fp32" else 1 if setting.fp8_weights else 2
     return num_parameters * (4 * (4 + 3) + 4 + 4 + own_copy)
