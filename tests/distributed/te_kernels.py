@@ -11,6 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from te_attention import (  # noqa: F401
+    fused_attn_bwd,
+    fused_attn_fwd,
+    thd_grad_correction,
+    thd_out_correction,
+    thd_read_half_tensor,
+    thd_read_second_half_lse,
+    thd_second_half_lse_correction,
+)
 from te_blocks import plain_blocks, quantize_blocks
 from torch import Tensor
 
@@ -29,7 +38,7 @@ FP8BwdTensors = IntEnum(
     start=0,
 )
 Float8BlockScaleTensorFormat = Enum("Float8BlockScaleTensorFormat", "GEMM_READY COMPACT")
-NVTE_Fused_Attn_Backend = Enum(
+NVTE_Fused_Attn_Backend = IntEnum(
     "NVTE_Fused_Attn_Backend",
     "NVTE_F16_max512_seqlen NVTE_F16_arbitrary_seqlen NVTE_FP8 NVTE_No_Backend",
 )
@@ -371,5 +380,5 @@ def fp8_block_scaling_partial_cast(
 
 
 def get_fused_attn_backend(*_: Any) -> Any:
-    """There is none, so that attention is the one in PyTorch."""
-    return NVTE_Fused_Attn_Backend.NVTE_No_Backend
+    """The one of half precision; other data were refused before."""
+    return NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen

@@ -121,6 +121,18 @@ def _compiled_part() -> ModuleType:
     return module
 
 
+class _WaitedOnce:
+    """A request that may be waited for again, as NCCL's may; gloo would wait for another message."""
+
+    def __init__(self, request: Any) -> None:
+        self._request = request
+
+    def wait(self) -> None:
+        if self._request is not None:
+            self._request.wait()
+        self._request = None
+
+
 def _pretend_a_device(torch: Any, generation: int) -> None:
     """Answers for what the package asks of CUDA before it calls a kernel."""
     from transformer_engine.pytorch import distributed  # pyright: ignore[reportMissingImports]
@@ -140,6 +152,9 @@ def _pretend_a_device(torch: Any, generation: int) -> None:
     def one_by_one(*_: Any, **__: Any) -> Iterator[Any]:  # gloo has no calls of several collectives
         yield SimpleNamespace(wait=lambda: None)
 
+    ring = importlib.import_module("transformer_engine.pytorch.attention.dot_product_attention.context_parallel")
+    communicate = ring.flash_attn_p2p_communicate
+    ring.flash_attn_p2p_communicate = lambda *args: [_WaitedOnce(request) for request in communicate(*args)]
     distributed.torch = But(torch, distributed=But(torch.distributed, _coalescing_manager=one_by_one))
     base.torch = But(torch, cuda=But(torch.cuda, is_available=lambda: True))
     device = SimpleNamespace(major=generation, minor=0, multi_processor_count=132, total_memory=1 << 37)

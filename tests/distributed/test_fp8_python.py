@@ -59,6 +59,15 @@ def test_tensor_parallel_ranks_keep_the_contract(te_pool: TePool, recipe: str):
         check_contract(result, recipe)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_context_parallel_ranks_keep_the_contract(te_pool: TePool, recipe: str, packed: bool):
+    """Its ring attention between products in FP8."""
+    precision = fp8("hybrid", recipe) | {"attention_backend": "fused"}
+    for result in te_pool.run(2, "contract", precision, None, packed, {"context_parallel_size": 2}):
+        check_contract(result, recipe)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_experts_keep_the_contract(te_pool: TePool, recipe: str):
     """Their tokens are padded expert by expert, and an expert may have none."""

@@ -9,7 +9,7 @@ import pytest
 from graph_case import check_bits, with_graphs
 from layout_case import LayoutCase
 from layout_run import whole_tensors
-from matrix import LAYOUTS, MIXTURE_LAYOUTS, SGD
+from matrix import LAYOUTS, MICROBATCHES, MIXTURE_LAYOUTS, SGD
 from parity import expected_of, relative_gap
 from rank_pool import RankPool
 from te_pool import TePool
@@ -54,3 +54,36 @@ def test_its_captured_layers_are_its_layers_bit_for_bit(te_pool: TePool, layout:
     case = with_graphs(dataclasses.replace(case, optimizer=SGD))
     seen, plain = (te_pool.run(num_ranks, name, case, timeout=90) for name in ("captured", "uncaptured"))
     check_bits(seen, plain)
+
+
+BF16 = {"bf16": True, "attention_backend": "fused"}
+
+
+@pytest.mark.parametrize("microbatches", ["mbs 2", "packed 100"])
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("llama", "CP2"),
+        ("llama", "CP4"),
+        ("llama", "CP2 DP2 distopt"),
+        ("llama", "TP2 CP2 SP"),
+        ("llama", "PP2 VPP2 CP2"),
+        ("gpt", "CP2"),
+        ("mixture", "CP2 EP2 allgather"),
+    ],
+)
+def test_its_ring_of_context_parallel_ranks_adds_no_error_to_that_of_bf16(
+    te_pool: TePool, pool: RankPool, model: str, layout: str, microbatches: str
+):
+    """Its fused attention and its ring are of half precision: held to the one graph in fp32, as one rank without a ring
+    is."""
+    num_ranks, parallel = (LAYOUTS | MIXTURE_LAYOUTS)[layout]
+    case = LayoutCase(model=model, precision=BF16, **MICROBATCHES[microbatches])
+    _, gradient = expected_of(pool, model, case.num_groups, json.dumps(case.loss_options))
+    gaps = []
+    for ranks, layout_of in ((1, {}), (num_ranks, parallel)):
+        results = te_pool.run(ranks, "layout", dataclasses.replace(case, num_ranks=ranks, parallel=layout_of))
+        gaps.append(relative_gap(whole_tensors([r.gradient for r in results], replicas_agree_to=1e-6), gradient))
+    alone, ring = gaps
+    print(f"{model} {layout} {microbatches}: gradient off by {ring:.2e}, on one rank by {alone:.2e}")
+    assert ring < 1.5 * alone < 0.15

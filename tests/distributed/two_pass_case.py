@@ -99,8 +99,8 @@ class Runner:
             samples, group_keys_G=keys_G, needs_pass=lambda given: given["labels_GK"] != 0
         )
         self.ref_logps_R = torch.from_numpy(reference_logps(samples))[self.batch.response_ids_R]
-        self.rank = ranks.dp_group.rank()
-        self.microbatches = build_microbatches(plan_batch(self.batch, self.plan), self.plan, rank=self.rank)
+        self.place = {"rank": ranks.dp_group.rank(), "context_rank": ranks.cp_group.rank()}
+        self.microbatches = build_microbatches(plan_batch(self.batch, self.plan), self.plan, **self.place)
 
     def passes(self) -> StepResult:
         """Both passes; the gradient is left in the buffers."""
@@ -120,7 +120,7 @@ class Runner:
 
     def coupled(self) -> torch.Tensor:
         """Gradient of the one graph."""
-        whole = build_microbatches(plan_whole_groups(self.batch, self.plan), self.plan, rank=self.rank)
+        whole = build_microbatches(plan_whole_groups(self.batch, self.plan), self.plan, **self.place)
         accumulate_coupled_gradient(self.engine, whole, self.batch, self.ref_logps_R, LOSS)
         return self.gradient()
 
