@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import graph_case
@@ -18,39 +16,14 @@ from fused_layers import sized
 from layout_case import LayoutCase
 from layout_run import RankResult, run_case
 from megatron.core import parallel_state
-from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.transformer.module import MegatronModule
+from te_patches import UNFUSED, gathered_bucket_by_bucket, its_optimizer, layers_allowed_on_a_cpu
 from two_pass_case import Case, Runner, agreement, one_rank
 
-from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.hf_model import is_hf_folder, open_hf_model
-from megatron_groupdpo.convert.weights import load_hf_weights
-from megatron_groupdpo.mcore import host_device, kernels, te_fp8
+from megatron_groupdpo.mcore import host_device, te_fp8
 from megatron_groupdpo.mcore.checkpoint import Progress, load_training, load_weights, save_checkpoint
-from megatron_groupdpo.mcore.digest import differing_replicas, parameter_names
-from megatron_groupdpo.mcore.fp8_weights import raw_parts, reload_masters
+from megatron_groupdpo.mcore.digest import parameter_names
 from megatron_groupdpo.mcore.optimizer import optimizer_origin
-from megatron_groupdpo.mcore.swapped import swapped_reference
-
-UNFUSED = {"attention_backend": "unfused"}
-"""Its attention that is written in PyTorch."""
-
-
-@contextmanager
-def layers_allowed_on_a_cpu() -> Iterator[None]:
-    """Only the device speaks against them."""
-    plain = kernels._why_local
-    for name in two_pass_case.ATTENTION_VARIABLES:  # of the model before
-        os.environ.pop(name, None)
-
-    def why_local(model: ModelConfig, device: Any, *rest: Any) -> str | None:
-        return plain(model, torch.device("cuda"), *rest)
-
-    kernels._why_local = why_local
-    try:
-        yield
-    finally:
-        kernels._why_local = plain
 
 
 def both_specs(family: str, packed: bool) -> dict[str, float]:
@@ -148,107 +121,6 @@ def resume(
         return {"whole": whole, "resumed": _steps(then, 1, load=Path(folder), save=None)}
 
 
-@contextmanager
-def gathered_bucket_by_bucket() -> Iterator[None]:
-    """Weights of several number formats: NCCL gathers them in one call, gloo would take all for the first one's."""
-    from megatron.core.distributed import param_and_grad_buffer as file
-
-    group = file._ParamAndGradBucketGroup
-    plain_sync, plain_gather, plain_manager = (
-        group.start_param_sync,
-        file.dist_all_gather_func,
-        file._coalescing_manager,
-    )
-
-    @contextmanager
-    def each_by_itself(_group: Any, async_ops: bool = False) -> Iterator[Any]:
-        works: list[Any] = []
-        file.dist_all_gather_func = lambda *a, async_op, **k: works.append(plain_gather(*a, async_op=True, **k))
-        manager = SimpleNamespace(wait=lambda: [work.wait() for work in works])
-        try:
-            yield manager
-        finally:
-            file.dist_all_gather_func = plain_gather
-        if not async_ops:
-            manager.wait()
-
-    def sync(self: Any, force_sync: bool = False) -> None:
-        file._coalescing_manager = each_by_itself
-        try:
-            plain_sync(self, force_sync)
-        finally:
-            file._coalescing_manager = plain_manager
-
-    group.start_param_sync = sync  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        group.start_param_sync = plain_sync  # type: ignore[method-assign]
-
-
-def fp8_steps(
-    precision: Mapping[str, Any],
-    family: str | None,
-    parallel: Mapping[str, Any],
-    load: str | None = None,
-    save: str | None = None,
-) -> dict[str, Any]:
-    """Three steps, by weights of ``load`` where given: log-probabilities, digests, what is held of the weights."""
-    parallel = {"use_distributed_optimizer": True} | dict(parallel)
-    layers = 4 if "pipeline_model_parallel_size" in parallel else 2
-    model = {"num_layers": layers} if family is None else sized(family)
-    if load is not None and is_hf_folder(Path(load)):
-        model = dataclasses.asdict(open_hf_model(Path(load)).model)
-        del model["transformer_impl"]
-    case = Case(
-        model=model,
-        precision=UNFUSED | dict(precision),
-        packed=family is not None,
-        parallel=parallel,
-        clip_grad=0.0,  # the norm is summed buffer by buffer, and FP8 weights have one of their own
-    )
-    with layers_allowed_on_a_cpu(), gathered_bucket_by_bucket(), one_rank("cpu", **parallel) as ranks:
-        runner = Runner(case, ranks)
-        result = _steps_of(runner, load)
-        if save is not None:
-            policy = runner.policy
-            save_checkpoint(Path(save), policy.chunks, progress=Progress(), model=policy.identity, config={})
-        return result
-
-
-def _steps_of(runner: Runner, load: str | None) -> dict[str, Any]:
-    policy, updater = runner.policy, runner.updater
-    found: dict[str, Any] = {"initial": policy.weights_digest()}
-    if load is not None:
-        if is_hf_folder(Path(load)):
-            load_hf_weights(Path(load), policy)
-        else:
-            load_weights(Path(load) / "iter_0000000", policy.chunks, model=policy.identity)
-        reload_masters(policy.chunks, updater.optimizer)
-        found["loaded"] = policy.weights_digest()
-    found["steps"] = []
-    for _ in range(3):
-        runner.engine.calibrate(runner.passes_of_this_stage)
-        with runner.engine.step():
-            outcome = runner.passes_of_this_stage()
-        assert updater.step(runner.batch.num_groups) > 0
-        scored_R = policy.engine.score(runner.microbatches, runner.batch.num_responses)
-        if outcome is not None and scored_R is not None:  # the last stage
-            found["steps"].append((outcome.logps_R.tolist(), outcome.score_drift, scored_R.tolist()))
-    found |= {
-        "digest": policy.weights_digest(),
-        "parameters": policy.num_parameters(),
-        "replicas": differing_replicas(policy.chunks, policy.ranks),
-        "names": sorted(parameter_names(policy.chunks[0])),
-    }
-    assert bool(found["steps"]) == policy.ranks.is_last_stage
-    weights = [p for chunk in policy.chunks for p in chunk.parameters()]
-    quantized = [p for p in weights if is_float8tensor(p)]
-    whole = sum(p.numel() * 2 for p in weights)
-    held = sum(part.numel() * part.element_size() for p in weights for part in raw_parts(p))
-    return {"same": found, "quantized": len(quantized), "bytes": held / whole}
-
-
 def casts_of_blocks(precision: Mapping[str, Any]) -> list[tuple[float, float | None, float]]:
     """Of tensors of several shapes: the largest relative error of a cast by rows; how far Transformer Engine's own
     reader, where it has one in Python, is from the stand-in's; the error of the cast by columns."""
@@ -286,43 +158,6 @@ def casts_of_blocks(precision: Mapping[str, Any]) -> list[tuple[float, float | N
         assert rows.shape == columns.shape == x.shape
         found.append((errors[0], read, errors[1]))
     return found
-
-
-def altered_replicas(precision: Mapping[str, Any]) -> list[str | None]:
-    """What is said of two replicas whose weights are equal; differ in a byte; differ in a scale."""
-    parallel = {"use_distributed_optimizer": True}
-    case = Case(model={}, precision=UNFUSED | dict(precision), parallel=parallel)
-    with layers_allowed_on_a_cpu(), one_rank("cpu", **parallel) as ranks:
-        policy = Runner(case, ranks).policy
-        weight = next(p for p in policy.chunks[0].parameters() if is_float8tensor(p))
-        said = [differing_replicas(policy.chunks, ranks)]
-        for part in raw_parts(weight):
-            changed = part.view(-1).view(torch.uint8)
-            changed[-1] ^= ranks.dp_group.rank()
-            said.append(differing_replicas(policy.chunks, ranks))
-            changed[-1] ^= ranks.dp_group.rank()
-        return said
-
-
-def swapped_steps(precision: Mapping[str, Any]) -> dict[str, Any]:
-    """A reference that takes the policy's place, after steps that took the policy elsewhere."""
-    parallel = {"use_distributed_optimizer": True}
-    case = Case(model={}, precision=UNFUSED | dict(precision), parallel=parallel, clip_grad=0.0)
-    with layers_allowed_on_a_cpu(), gathered_bucket_by_bucket(), one_rank("cpu", **parallel) as ranks:
-        runner = Runner(case, ranks)
-        reference = swapped_reference(runner.policy)
-        found: dict[str, Any] = {"initial": runner.policy.weights_digest(), "reference": reference.weights_digest()}
-        scores = []
-        for _ in range(2):
-            runner.step()
-            runner.updater.step(runner.batch.num_groups)
-            own = found["digest"] = runner.policy.weights_digest()
-            for engine in (runner.engine, reference.engine, runner.engine):
-                logps_R = engine.score(runner.microbatches, runner.batch.num_responses)
-                assert logps_R is not None
-                scores.append(logps_R.tolist())
-            assert runner.policy.weights_digest() == own
-        return found | {"scores": scores}
 
 
 def expert_scales(folder: str, save: bool, parallel: Mapping[str, Any]) -> dict[str, Any]:
@@ -375,24 +210,6 @@ def _steps(case: Case, num_steps: int, *, load: Path | None, save: Path | None) 
             "digest": policy.weights_digest(),
             "optimizer": optimizer_origin(updater.optimizer),
         }
-
-
-@contextmanager
-def its_optimizer() -> Iterator[None]:
-    """Its Adam in place of torch's, which a run on the CPU takes."""
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
-    from transformer_engine.pytorch.optimizers import FusedAdam  # pyright: ignore[reportMissingImports]
-
-    host_device.activate()
-    kept = [(file, dict(vars(file))) for file in (optimizer, distrib_optimizer)]
-    vars(optimizer).update(Adam=FusedAdam, USING_PYTORCH_OPTIMIZER=False)
-    vars(distrib_optimizer).update(Adam=FusedAdam, HAVE_APEX_OR_TE=True, USING_TE_OPTIMIZER=True)
-    try:
-        yield
-    finally:
-        for file, names in kept:
-            vars(file).update(names)
 
 
 def suite_points(names: Sequence[str], sizes: Mapping[str, Any] | None = None) -> dict[str, list[dict[str, Any]]]:

@@ -16,10 +16,12 @@ class TePool:
         self.hopper, self.blackwell = RankPool(4), RankPool(2)
 
     def run(self, num_ranks: int, function: str, *args: Any, **how: Any) -> list[Any]:
-        """A function of ``te_case``."""
+        """A function of ``te_case``, or of a module that is named before a point."""
+        module, _, name = function.rpartition(".")
+        where = (module or "te_case", name)
         if any(isinstance(arg, Mapping) and arg.get("fp8_recipe") == "mxfp8" for arg in args):
-            return self.blackwell.run(num_ranks, te_runtime.call_on_blackwell, "te_case", function, *args, **how)
-        return self.hopper.run(num_ranks, te_runtime.call, "te_case", function, *args, **how)
+            return self.blackwell.run(num_ranks, te_runtime.call_on_blackwell, *where, *args, **how)
+        return self.hopper.run(num_ranks, te_runtime.call, *where, *args, **how)
 
     def one(self, function: str, *args: Any) -> Any:
         """The same on one rank."""

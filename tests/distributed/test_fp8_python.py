@@ -193,7 +193,7 @@ def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(
 ):
     """Log-probabilities, digests and what a validation pass sees, bit by bit over three updates."""
     precisions = (fp8("hybrid", recipe), fp8("hybrid", recipe) | IN_FP8)
-    runs = [te_pool.run(num_ranks, "fp8_steps", p, family, parallel) for p in precisions]
+    runs = [te_pool.run(num_ranks, "te_weights.fp8_steps", p, family, parallel) for p in precisions]
     for wanted, found in zip(*runs, strict=True):
         assert found["same"] == wanted["same"]
         assert all(drift == 0.0 for _, drift, *_ in found["same"]["steps"])
@@ -205,7 +205,7 @@ def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(
 def test_a_stage_whose_layers_are_all_in_bf16_keeps_no_weights_in_fp8(te_pool: TePool):
     precision = fp8("hybrid", "tensorwise") | {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2}
     arguments = (None, {"pipeline_model_parallel_size": 2})
-    runs = [te_pool.run(2, "fp8_steps", precision | kept, *arguments) for kept in ({}, IN_FP8)]
+    runs = [te_pool.run(2, "te_weights.fp8_steps", precision | kept, *arguments) for kept in ({}, IN_FP8)]
     for wanted, found in zip(*runs, strict=True):
         assert found["same"] == wanted["same"]
     assert [stage["quantized"] > 0 for stage in runs[1]] == [False, True]
@@ -216,12 +216,12 @@ def test_a_checkpoint_of_weights_kept_in_fp8_holds_what_they_were_rounded_from(
     te_pool: TePool, tmp_path: Path, recipe: str
 ):
     """Loaded into either kind of run, on another layout and with another history of scales, it goes on alike."""
-    arguments = ("fp8_steps",)
+    arguments = ("te_weights.fp8_steps",)
     in_fp8 = fp8("hybrid", recipe) | IN_FP8
     (saved, _) = te_pool.run(2, *arguments, in_fp8, None, {}, None, str(tmp_path))
     history = {"fp8_amax_history_len": 4} if recipe == "delayed" else {}
     wanted, found = (
-        te_pool.one("fp8_steps", fp8("hybrid", recipe) | history | kept, None, {}, str(tmp_path))
+        te_pool.one("te_weights.fp8_steps", fp8("hybrid", recipe) | history | kept, None, {}, str(tmp_path))
         for kept in ({}, IN_FP8)
     )
     assert wanted["same"]["loaded"] == saved["same"]["digest"] != saved["same"]["initial"]
@@ -236,7 +236,7 @@ def test_weights_kept_in_fp8_start_from_a_hugging_face_model(te_pool: TePool, tm
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(decoder("LlamaConfig", **sizes)).bfloat16().save_pretrained(tmp_path)
     arguments = (None, {"tensor_model_parallel_size": 2}, str(tmp_path))
-    runs = [te_pool.run(2, "fp8_steps", fp8("hybrid", recipe) | kept, *arguments) for kept in ({}, IN_FP8)]
+    runs = [te_pool.run(2, "te_weights.fp8_steps", fp8("hybrid", recipe) | kept, *arguments) for kept in ({}, IN_FP8)]
     for wanted, found in zip(*runs, strict=True):
         assert found["same"] == wanted["same"]
         assert found["same"]["loaded"] != found["same"]["initial"]
@@ -245,7 +245,7 @@ def test_weights_kept_in_fp8_start_from_a_hugging_face_model(te_pool: TePool, tm
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_replicas_of_weights_kept_in_fp8_are_compared_bit_by_bit(te_pool: TePool, recipe: str):
     precision = fp8("hybrid", recipe) | IN_FP8
-    for equal, byte, scale in te_pool.run(2, "altered_replicas", precision):
+    for equal, byte, scale in te_pool.run(2, "te_weights.altered_replicas", precision):
         assert equal is None
         assert "decoder.layers.0.self_attention.linear_proj.weight" in byte
         assert "on rank 0; " in byte
@@ -254,7 +254,7 @@ def test_replicas_of_weights_kept_in_fp8_are_compared_bit_by_bit(te_pool: TePool
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_a_reference_takes_the_place_of_weights_kept_in_fp8(te_pool: TePool, recipe: str):
-    wanted, found = (te_pool.one("swapped_steps", fp8("hybrid", recipe) | kept) for kept in ({}, IN_FP8))
+    wanted, found = (te_pool.one("te_weights.swapped_steps", fp8("hybrid", recipe) | kept) for kept in ({}, IN_FP8))
     assert found == wanted
     assert found["reference"] == found["initial"] != found["digest"]
     policy, reference, again, moved, still, _ = found["scores"]
