@@ -32,6 +32,7 @@ from megatron_groupdpo.mcore.cuda_graphs import LayerGraphs
 from megatron_groupdpo.mcore.fp8 import TwoPassScaling
 from megatron_groupdpo.mcore.logprobs import selected_logprobs
 from megatron_groupdpo.mcore.overlap import wait_for_parameter
+from megatron_groupdpo.mcore.rotary import positions
 from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.transfer import to_device
 from megatron_groupdpo.types import Microbatch
@@ -173,14 +174,16 @@ class MegatronEngine:
                 max_seqlen_kv=longest,
                 pad_between_seqs=False,
             )
-        return chunk(
-            input_ids=to_device(microbatch.tokens_BS, device),
-            position_ids=to_device(microbatch.position_ids_BS, device),
-            attention_mask=None,
-            packed_seq_params=packed,
-            output_processor=self._select_logprobs,
-            output_processor_context=microbatch,
-        )
+        position_ids_BS = to_device(microbatch.position_ids_BS, device)
+        with positions(chunk, None if packed is None else position_ids_BS[0]):
+            return chunk(
+                input_ids=to_device(microbatch.tokens_BS, device),
+                position_ids=position_ids_BS,
+                attention_mask=None,
+                packed_seq_params=packed,
+                output_processor=self._select_logprobs,
+                output_processor_context=microbatch,
+            )
 
     def _select_logprobs(
         self,

@@ -33,7 +33,12 @@ from megatron_groupdpo.mcore.attention import SdpaAttention
 from megatron_groupdpo.mcore.layer import PostNormLayer
 from megatron_groupdpo.mcore.moe import allow_without_sequence_parallelism, mark_experts, mixture_mlp, moe_fields
 from megatron_groupdpo.mcore.norm import AcrossHeadsRMSNorm, norm_class
-from megatron_groupdpo.mcore.rotary import ScaledRotaryEmbedding, TwoRopeSelfAttention, score_factor
+from megatron_groupdpo.mcore.rotary import (
+    ScaledRotaryEmbedding,
+    TwoRopeSelfAttention,
+    score_factor,
+    take_angles_by_token,
+)
 from megatron_groupdpo.mcore.te_spec import fused_layer_spec, transformer_engine_parts
 
 # GPTModel warns on every construction that HybridModel will replace it; said once, in the docstring above.
@@ -240,6 +245,8 @@ def build_model(
         )
         if model.rope_scaling_type is not None or model.rotary_base_local is not None:
             chunk.rotary_pos_emb = ScaledRotaryEmbedding(model, cp_group=chunk.pg_collection.cp)
+        if model.position_embedding_type == "rope" and not config.apply_rope_fusion:
+            take_angles_by_token(chunk)
         if model.scale_embeddings and chunk.pre_process:
             # Rounded to the weights' precision, as models that do this were trained; a number, not a tensor, since a
             # tensor would be copied to the device in every forward.

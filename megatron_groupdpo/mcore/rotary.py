@@ -10,11 +10,15 @@ Sources: linear, arXiv 2306.15595; yarn, arXiv 2309.00071 sections 3.2 to 3.4; l
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import attention
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_groupdpo.config import ModelConfig
@@ -92,3 +96,47 @@ class TwoRopeSelfAttention(SelfAttention):
             kind = int(layer_window(self.config, self.layer_number) is not None)
             rotary_pos_emb = rotary_pos_emb[:, :, kind : kind + 1].contiguous()  # as fused kernels read it
         return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
+
+
+_rotate = attention.apply_rotary_pos_emb
+"""Megatron's; its attention calls what stands under this name in ``attention``."""
+
+
+def _rotate_by_token(
+    t: Tensor, freqs: Tensor, config: TransformerConfig, cu_seqlens: Tensor | None = None, **others: Any
+) -> Tensor:
+    if cu_seqlens is None or config.apply_rope_fusion or len(freqs) != len(t):
+        return _rotate(t, freqs, config, cu_seqlens=cu_seqlens, **others)
+    return _rotate(t[:, None], freqs, config, **others)[:, 0]
+
+
+def take_angles_by_token(chunk: Any) -> None:
+    """Let packed responses be rotated in one product, each token by the angles of its position.
+
+    Megatron rotates sequence by sequence, and reads their bounds on the host, in every layer. Which positions the
+    tokens have, :func:`positions` says around each forward.
+    """
+    attention.apply_rotary_pos_emb = _rotate_by_token
+    chunk.rotary_pos_emb.positions_T = None
+    chunk.rotary_pos_emb.register_forward_hook(_select_angles)
+
+
+@contextmanager
+def positions(chunk: Any, positions_T: Tensor | None) -> Iterator[None]:
+    """For the forwards in here: [T] of this rank's tokens, as they lie in the packed row; none: it is not packed."""
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    rotary = getattr(chunk, "rotary_pos_emb", None)
+    if rotary is None or positions_T is None:
+        yield
+        return
+    rotary.positions_T = positions_T
+    try:
+        yield
+    finally:
+        rotary.positions_T = None
+
+
+def _select_angles(rotary: Any, _inputs: Any, table: Tensor) -> Tensor:
+    """[S, 1, kinds, D] by position to [T, 1, kinds, D] by token."""
+    return table if rotary.positions_T is None else table.index_select(0, rotary.positions_T)

@@ -51,6 +51,14 @@ def layout(case: LayoutCase) -> RankResult:
         return run_case(dataclasses.replace(case, precision=UNFUSED | dict(case.precision)))
 
 
+def waits(case: LayoutCase) -> list[str]:
+    """What makes the host wait in a step of its layers."""
+    import test_no_sync
+
+    with layers_allowed_on_a_cpu():
+        return test_no_sync.waits(case)
+
+
 def captured(case: LayoutCase) -> graph_case.Seen:
     """A case in its layers, as graphs."""
     with layers_allowed_on_a_cpu():

@@ -87,3 +87,12 @@ def test_its_ring_of_context_parallel_ranks_adds_no_error_to_that_of_bf16(
     alone, ring = gaps
     print(f"{model} {layout} {microbatches}: gradient off by {ring:.2e}, on one rank by {alone:.2e}")
     assert ring < 1.5 * alone < 0.15
+
+
+@pytest.mark.parametrize("microbatches", ["mbs 2", "packed 100"])
+@pytest.mark.parametrize("layout", ["one rank", "TP2 SP"])
+def test_a_step_of_its_layers_does_not_wait_for_the_device(te_pool: TePool, layout: str, microbatches: str):
+    """But for what its kernels do."""
+    num_ranks, parallel = LAYOUTS[layout]
+    case = LayoutCase(num_ranks=num_ranks, parallel=parallel, precision=BF16, **MICROBATCHES[microbatches])
+    assert te_pool.run(num_ranks, "waits", case) == [[]] * num_ranks
