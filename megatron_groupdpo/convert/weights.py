@@ -24,6 +24,7 @@ from megatron_groupdpo.convert.progress import byte_bar
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.fp8_weights import full_weights
 from megatron_groupdpo.mcore.init import sharded_tensors
+from megatron_groupdpo.mcore.parts import unwrapped
 from megatron_groupdpo.mcore.policy import Policy, model_identity
 
 NOT_THE_WEIGHTS = frozenset({"make_vocab_size_divisible_by", "moe_router_dtype"})
@@ -98,9 +99,7 @@ def fill_on_all_ranks(policy: Policy, source: HfModel) -> None:
 def policy_shards(policy: Policy) -> Iterator[Any]:
     """Every parameter shard of this rank, as :func:`sharded_tensors` describes it."""
     for chunk in policy.chunks:
-        while hasattr(chunk, "module"):
-            chunk = chunk.module
-        yield from sharded_tensors(chunk)
+        yield from sharded_tensors(unwrapped(chunk))
 
 
 def key_of(shard: Any) -> Key:

@@ -27,6 +27,7 @@ from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.errors import CheckpointError
 from megatron_groupdpo.mcore.fp8_weights import full_weights
 from megatron_groupdpo.mcore.overlap import finish_param_gather
+from megatron_groupdpo.mcore.parts import optimizer_parts, unwrapped
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _FORMAT = 1
@@ -226,14 +227,8 @@ def check_same_model(folder: Path, common: Mapping[str, Any], model: Mapping[str
 def _optimizer_kind(optimizer: MegatronOptimizer | None) -> str | None:
     if optimizer is None:
         return None
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     return "+".join(f"{type(part).__name__}/{type(part.optimizer).__name__}" for part in parts)
-
-
-def _unwrapped(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _sharded_state(chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
@@ -242,7 +237,7 @@ def _sharded_state(chunks: Sequence[Any], optimizer: MegatronOptimizer | None, *
     metadata = dict(_METADATA)
 
     def models() -> dict[str, Any]:
-        return {f"model{i}": _unwrapped(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
+        return {f"model{i}": unwrapped(chunk).sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
 
     state: dict[str, Any] = {}
     if optimizer is not None:
@@ -265,7 +260,7 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
     loaded = _read(folder, state)
     with full_weights(chunks, read=False, changed=True):
         for index, chunk in enumerate(chunks):
-            found = _unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+            found = unwrapped(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
             wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if not key.endswith(_EXTRA_STATE))]
             assert not wrong, f"the sharded state is not the module's: {wrong}"
     if optimizer is not None:
@@ -350,7 +345,7 @@ def _unshare_torch_adam_step(optimizer: MegatronOptimizer) -> None:
 
 
 def _distributed_torch_adams(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer_parts(optimizer)
     return [p for p in parts if isinstance(p, DistributedOptimizer) and isinstance(p.optimizer, torch.optim.Adam)]
 
 

@@ -36,6 +36,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_groupdpo.config import PrecisionConfig
+from megatron_groupdpo.mcore.parts import unwrapped
 from megatron_groupdpo.mcore.setup import Ranks
 
 
@@ -104,9 +105,7 @@ class LayerGraphs:
             max_shapes: how many are captured; microbatches of further ones run the layers themselves.
             says_so: print a line when there is a further one.
         """
-        while hasattr(chunk, "module"):
-            chunk = chunk.module
-        self._layers: list[Any] = list(chunk.decoder.layers)
+        self._layers: list[Any] = list(unwrapped(chunk).decoder.layers)
         self._forwards = [layer.forward for layer in self._layers]
         self._capture = capture
         self._max_shapes = max_shapes

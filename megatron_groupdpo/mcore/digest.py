@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_groupdpo.mcore.fp8_weights import full_weights, raw_parts
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.overlap import finish_param_gather
+from megatron_groupdpo.mcore.parts import unwrapped
 from megatron_groupdpo.mcore.setup import Ranks
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -99,8 +100,7 @@ def _differing(named: Sequence[tuple[str, Tensor]], group: dist.ProcessGroup) ->
 
 def parameter_names(chunk: Any) -> dict[str, Tensor]:
     """Parameters of a chunk by name, layers and experts numbered as in the whole model."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
+    chunk = unwrapped(chunk)
     layers = chunk.decoder.layers
 
     def whole_name(name: str) -> str:
@@ -136,9 +136,7 @@ def _bits_hash(parameter: Tensor) -> Tensor:
 def _own_shards(chunks: Sequence[Any]) -> Iterator[ShardedTensor]:
     """Shards that this rank answers for: over all ranks, every element of every weight once."""
     for chunk in chunks:
-        while hasattr(chunk, "module"):
-            chunk = chunk.module
-        yield from (shard for shard in sharded_tensors(chunk) if is_own_shard(shard))
+        yield from (shard for shard in sharded_tensors(unwrapped(chunk)) if is_own_shard(shard))
 
 
 def is_own_shard(shard: ShardedTensor) -> bool:

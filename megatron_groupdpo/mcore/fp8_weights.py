@@ -22,6 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_groupdpo.mcore.overlap import finish_param_gather
+from megatron_groupdpo.mcore.parts import optimizer_parts, unwrapped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +58,7 @@ class _Fp8Weights:
 
     def attach(self, optimizer: MegatronOptimizer) -> None:
         own, found = {place.quantized for place in self.places}, {}
-        for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for part in optimizer_parts(optimizer):
             group = part.data_parallel_group
             for buffer in part.buffers:
                 found |= {p: _Masters(group=group, part=None, start=0) for p in buffer.params if p in own}
@@ -207,9 +208,5 @@ def renew_transposes(chunks: Sequence[Any]) -> None:
 
 
 def _of(chunks: Sequence[Any]) -> list[_Fp8Weights]:
-    found = []
-    for chunk in chunks:
-        while hasattr(chunk, "module"):
-            chunk = chunk.module
-        found.append(getattr(chunk, "fp8_weights", None))
+    found = [getattr(unwrapped(chunk), "fp8_weights", None) for chunk in chunks]
     return [weights for weights in found if weights is not None]

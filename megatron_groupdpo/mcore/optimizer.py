@@ -12,6 +12,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_groupdpo.config import OptimizerConfig as OptimizerOptions
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.mcore.fp8_weights import attach_masters
+from megatron_groupdpo.mcore.parts import optimizer_parts
 
 
 def build_optimizer(
@@ -87,8 +88,7 @@ class Updater:
 
 def optimizer_origin(optimizer: MegatronOptimizer) -> str:
     """Whose update Megatron took: Transformer Engine's, else Apex's, else torch's (``megatron/core/optimizer``)."""
-    parts: Any = getattr(optimizer, "chained_optimizers", [optimizer])
-    update = type(parts[0].optimizer)
+    update = type(optimizer_parts(optimizer)[0].optimizer)
     package = update.__module__.split(".")[0]
     names = {"transformer_engine": "Transformer Engine", "apex": "Apex", "torch": "torch"}
     return f"{names.get(package, package)}'s {update.__name__}"

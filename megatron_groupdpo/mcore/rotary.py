@@ -1,7 +1,9 @@
-"""Rotary frequencies with the scalings of published models, and with another base in layers with a window.
+"""Rotary frequencies with the scalings of published models, and with another base in layers with a window; and how
+packed responses take them.
 
 Megatron-Core's ``RotaryEmbedding`` has one base and Llama 3's scaling with fixed constants. The frequencies here
-replace its; how angles are laid out, cut over context-parallel ranks and applied stays Megatron's.
+replace its; how angles are laid out, cut over context-parallel ranks and applied stays Megatron's, but that packed
+responses are rotated token by token, not sequence by sequence.
 
 Sources: linear, arXiv 2306.15595; yarn, arXiv 2309.00071 sections 3.2 to 3.4; llama3, Meta's llama-models
 (``apply_scaling``).
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.mcore.attention import layer_window
+from megatron_groupdpo.mcore.parts import unwrapped
 
 
 def frequencies(model: ModelConfig, *, windowed: bool) -> Tensor:
@@ -124,9 +127,7 @@ def take_angles_by_token(chunk: Any) -> None:
 @contextmanager
 def positions(chunk: Any, positions_T: Tensor | None) -> Iterator[None]:
     """For the forwards in here: [T] of this rank's tokens, as they lie in the packed row; none: it is not packed."""
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    rotary = getattr(chunk, "rotary_pos_emb", None)
+    rotary = getattr(unwrapped(chunk), "rotary_pos_emb", None)
     if rotary is None or positions_T is None:
         yield
         return

@@ -14,6 +14,7 @@ from megatron_groupdpo.mcore.checkpoint import load_weights
 from megatron_groupdpo.mcore.engine import MegatronEngine
 from megatron_groupdpo.mcore.fp8_weights import raw_parts, renew_transposes
 from megatron_groupdpo.mcore.overlap import finish_param_gather
+from megatron_groupdpo.mcore.parts import unwrapped
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.types import Microbatch
 
@@ -28,7 +29,7 @@ class SwappedWeights:
         self._chunks = chunks
         finish_param_gather(chunks)
         # Buffers too: whatever a forward pass keeps in them belongs to the weights it was made with.
-        modules = [_unwrapped(chunk) for chunk in chunks]
+        modules = [unwrapped(chunk) for chunk in chunks]
         tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
         self._held = [part for tensor in tensors for part in raw_parts(tensor)]
         assert all(tensor.is_contiguous() for tensor in self._held)
@@ -89,12 +90,6 @@ def swapped_reference(policy: Policy) -> SwappedReference:
     """A reference with the weights that ``policy`` has now; load the policy's own next."""
     weights = SwappedWeights(policy.chunks, policy.ranks.device)
     return SwappedReference(engine=SwappedEngine(policy.engine, weights), digest=policy.weights_digest())
-
-
-def _unwrapped(chunk: Any) -> torch.nn.Module:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def _on_host(tensor: Tensor, *, pinned: bool) -> Tensor:

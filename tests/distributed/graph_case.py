@@ -39,15 +39,22 @@ class Seen:
     replays: Mapping[str, int]
 
 
-def captured(case: LayoutCase) -> Seen:
-    """The case with graphs."""
+@contextlib.contextmanager
+def stand_ins(*, capture: bool = True) -> Iterator[list[StandIn]]:
+    """Those made in here, one for each policy with graphs; without ``capture`` the layers run in their place."""
     made: list[StandIn] = []
 
-    def make() -> StandIn:
+    def make() -> Any:
         made.append(StandIn())
-        return made[-1]
+        return made[-1] if capture else lambda layers, _sample_args: layers
 
     with graphs_on_a_cpu(make):
+        yield made
+
+
+def captured(case: LayoutCase) -> Seen:
+    """The case with graphs."""
+    with stand_ins() as made:
         result = run_case(case)
     (one,) = made
     assert not one.pool.open
@@ -56,7 +63,7 @@ def captured(case: LayoutCase) -> Seen:
 
 def uncaptured(case: LayoutCase) -> RankResult:
     """The case's microbatches, the layers themselves."""
-    with graphs_on_a_cpu(lambda: lambda layers, _sample_args: layers):
+    with stand_ins(capture=False):
         return run_case(case)
 
 
@@ -101,13 +108,7 @@ def said(case: LayoutCase) -> tuple[Seen, list[str]]:
 
 def trained(argv: Sequence[str], graphs: bool) -> str:
     """A whole training run, with graphs or with the layers themselves in the same microbatches; its weights' digest."""
-    made: list[StandIn] = []
-
-    def make() -> Any:
-        made.append(StandIn())
-        return made[-1] if graphs else lambda layers, _sample_args: layers
-
-    with graphs_on_a_cpu(make):
+    with stand_ins(capture=graphs) as made:
         digest = tiny_run.train_on_rank(argv)
     (one,) = made  # a reference with a model of its own has none
     assert bool(one.pool.replays["backward"]) == graphs
@@ -117,14 +118,8 @@ def trained(argv: Sequence[str], graphs: bool) -> str:
 @contextlib.contextmanager
 def a_runner(**precision: Any) -> Iterator[tuple[Runner, StandIn]]:
     """One rank's policy, optimizer and batch with stand-in graphs."""
-    made: list[StandIn] = []
-
-    def make() -> StandIn:
-        made.append(StandIn())
-        return made[-1]
-
     fields = {"cuda_graphs": True, "cuda_graph_length_multiple": 16} | precision
-    with one_rank("cpu") as ranks, graphs_on_a_cpu(make):
+    with one_rank("cpu") as ranks, stand_ins() as made:
         yield Runner(Case(model={}, precision=fields, transformer_impl="local"), ranks), made[0]
 
 

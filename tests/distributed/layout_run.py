@@ -21,6 +21,7 @@ from megatron_groupdpo.data.sampler import GroupSampler
 from megatron_groupdpo.mcore.init import sharded_tensors
 from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.overlap import finish_param_gather
+from megatron_groupdpo.mcore.parts import unwrapped
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
 from megatron_groupdpo.run.batches import BatchSource
@@ -153,7 +154,7 @@ def batch_source(case: LayoutCase, parallel: ParallelConfig, ranks: Ranks) -> Ba
 def set_weights(policy: Policy) -> None:
     """Fill every parameter with noise drawn from its name: norms near 1, biases not 0, so that none is idle."""
     for chunk in policy.chunks:
-        for shard in sharded_tensors(_unwrapped(chunk)):
+        for shard in sharded_tensors(unwrapped(chunk)):
             name, offset, shape = _place(shard)
             assert shard.data is not None
             window = tuple(slice(start, start + size) for start, size in zip(offset, shard.local_shape))
@@ -181,7 +182,7 @@ def collect(policy: Policy) -> list[Shard]:
     """Copies of this rank's parameters as the distributed checkpoint places them."""
     shards = []
     for chunk in policy.chunks:
-        for shard in sharded_tensors(_unwrapped(chunk)):
+        for shard in sharded_tensors(unwrapped(chunk)):
             name, offset, shape = _place(shard)
             assert shard.data is not None
             values = shard.data.detach().float().reshape(shard.local_shape).numpy().copy()
@@ -201,7 +202,7 @@ def complete_gradients(policy: Policy) -> None:
 @contextmanager
 def gradients_in_place_of_weights(policy: Policy) -> Iterator[None]:
     """Let each parameter's data be its gradient buffer for a while: gradients then have the weights' names."""
-    parameters = [parameter for chunk in policy.chunks for parameter in _unwrapped(chunk).parameters()]
+    parameters = [parameter for chunk in policy.chunks for parameter in unwrapped(chunk).parameters()]
     kept = [parameter.data for parameter in parameters]
     try:
         for parameter in parameters:
@@ -221,12 +222,6 @@ def _place(shard: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
         tuple(shard.global_offset[axes:]),
         tuple(shard.global_shape[axes:]),
     )
-
-
-def _unwrapped(chunk: Any) -> Any:
-    while hasattr(chunk, "module"):
-        chunk = chunk.module
-    return chunk
 
 
 def whole_tensors(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,8 +235,6 @@ def suite_points(names: Sequence[str], sizes: Mapping[str, Any] | None = None) -
 
     gpu_step.refusal = refusal
     gpu_step._TINY |= sizes or {}
-    for name in two_pass_case.ATTENTION_VARIABLES:
-        os.environ.pop(name, None)
     context = Context(device="cpu", tiny=True, output=Path())
     try:
         with layers_allowed_on_a_cpu(), its_optimizer(), gathered_bucket_by_bucket():
