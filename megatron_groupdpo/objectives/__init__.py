@@ -16,12 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_groupdpo.errors import UserError
+from megatron_groupdpo.lazy_torch import torch
 from megatron_groupdpo.objectives.base import Groups, Objective, make_groups
 from megatron_groupdpo.objectives.keys import group_keys
 from megatron_groupdpo.objectives.registry import (
@@ -30,6 +28,9 @@ from megatron_groupdpo.objectives.registry import (
     hyperparameter_names,
     hyperparameters_for,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "OBJECTIVES",

@@ -19,32 +19,26 @@ from megatron_groupdpo.config import (
     train_iters,
 )
 from megatron_groupdpo.config.fp8 import precision_name, reference_precision
-from megatron_groupdpo.convert.hf_model import is_hf_folder
-from megatron_groupdpo.convert.hub import is_hub_name
+from megatron_groupdpo.convert.hf.hub import is_hub_name
+from megatron_groupdpo.convert.hf.model import is_hf_folder
 from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, load_any_policy
-from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
-from megatron_groupdpo.data.order import build_sampler
-from megatron_groupdpo.data.planner import plan_options
-from megatron_groupdpo.data.sampler import GroupSampler, Sampler
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.batches.planner import plan_options
+from megatron_groupdpo.data.batches.sampler import GroupSampler, Sampler, build_sampler
+from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
-from megatron_groupdpo.mcore.checkpoint import (
-    Progress,
-    find_checkpoint,
-    latest_iteration,
-    load_progress,
-    load_training,
-)
-from megatron_groupdpo.mcore.fp8_weights import reload_masters
-from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration
+from megatron_groupdpo.mcore.checkpoint.training import load_progress, load_training
+from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.mcore.passes.swapped import SwappedReference, swapped_reference
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks
-from megatron_groupdpo.mcore.swapped import SwappedReference, swapped_reference
+from megatron_groupdpo.mcore.te.fp8_weights import reload_masters
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.run.batches import BatchSource
 from megatron_groupdpo.run.checks import check_groups, check_outputs, check_source
-from megatron_groupdpo.run.flops import attention_cost
-from megatron_groupdpo.run.probe import probe_reference
+from megatron_groupdpo.run.logs.flops import attention_cost
+from megatron_groupdpo.run.proofs.reference import probe_reference
 from megatron_groupdpo.step.coefficients import LossOptions
 
 

@@ -151,7 +151,7 @@ def test_every_folder_of_the_package_has_its_layer():
         ("megatron_groupdpo.objectives.pairs", "from megatron_groupdpo.step import score"),
         ("megatron_groupdpo.objectives.pairs", "from ..step.score import score"),
         ("megatron_groupdpo.objectives.pairs", "from megatron_groupdpo import run"),
-        ("megatron_groupdpo.mcore.model", "def f():\n    import megatron_groupdpo.data.records"),
+        ("megatron_groupdpo.mcore.model.build", "def f():\n    import megatron_groupdpo.data.records"),
         ("megatron_groupdpo.types", "importlib.import_module('megatron_groupdpo.objectives')"),
     ],
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.transforms import COPY, Transform
+from megatron_groupdpo.convert.tensors.transforms import COPY, Transform
 from megatron_groupdpo.errors import ConfigError
 
 HfConfig = Mapping[str, Any]

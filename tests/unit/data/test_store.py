@@ -19,13 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_groupdpo.data import store_format as fmt
-from megatron_groupdpo.data.blocks import PreparedGroup
-from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.data.store_writer import StoreIdentity, StoreWriter, Written
-from megatron_groupdpo.data.work_folder import whole_folder
+from megatron_groupdpo.data.preprocess.work_folder import whole_folder
+from megatron_groupdpo.data.store import format as fmt
+from megatron_groupdpo.data.store.indexed import IndexedReader, write_index
+from megatron_groupdpo.data.store.reader import TokenStore
+from megatron_groupdpo.data.store.writer import PreparedGroup, StoreIdentity, StoreWriter, Written
 from megatron_groupdpo.errors import DataError
-from megatron_groupdpo.mcore.indexed import IndexedReader, write_index
 
 IDENTITY = {"kind": "SentencePieceTokenizer", "model": "m", "chat_template": None, "digest": "d", "vocab_size": 70_000}
 
@@ -242,7 +241,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, num_bytes: int):
 
 KILLED = """
 import os, pathlib, sys
-from megatron_groupdpo.data.work_folder import whole_folder
+from megatron_groupdpo.data.preprocess.work_folder import whole_folder
 with whole_folder(pathlib.Path(sys.argv[1]), overwrite=False) as folder:
     (folder / "half").write_text("x")
     os.kill(os.getpid(), 9)
@@ -338,8 +337,8 @@ def test_the_index_is_megatrons_byte_for_byte(tmp_path: Path, documents, block, 
 def test_the_store_reads_without_cuda():
     code = (
         "import torch\n"
-        "import megatron_groupdpo.mcore.indexed\n"
-        "import megatron_groupdpo.data.store\n"
+        "import megatron_groupdpo.data.store.indexed\n"
+        "import megatron_groupdpo.data.store.reader\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).resolve().parents[3])}

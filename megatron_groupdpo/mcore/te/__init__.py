@@ -1,0 +1,1 @@
+"""Transformer Engine's layers, and FP8 through them."""
