@@ -298,7 +298,7 @@ def _prepare(
     """Checked groups, on the device of the labels, and the objective's settings."""
     settings = hyperparameters_for(description.name, hyperparameters)
     for argument, tensor in (("labels_GK", labels_GK), ("values_GK", values_GK), ("scores_GK", scores_GK)):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise UserError(f"{argument} must be a torch.Tensor, not {type(tensor).__name__}; use torch.as_tensor.")
     if scores_GK is not None:
         if scores_GK.shape != labels_GK.shape:
