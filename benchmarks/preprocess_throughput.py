@@ -27,8 +27,8 @@ import tokenizers
 import transformers
 from demo_seeds import RESULTS, ROOT, machine
 
+from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.files.reader import read_records
-from megatron_groupdpo.data.preprocess import counts as why
 from megatron_groupdpo.data.preprocess.partition import Partition
 from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
 from megatron_groupdpo.data.schemas import SchemaOptions, choose_schema

@@ -11,9 +11,9 @@ from typing import get_args
 
 from tqdm import tqdm
 
+from megatron_groupdpo.data.counts import summary_table
 from megatron_groupdpo.data.files.reader import count_records, expand_inputs
 from megatron_groupdpo.data.preprocess import partition
-from megatron_groupdpo.data.preprocess.counts import summary_table
 from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
 from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions
 from megatron_groupdpo.data.schemas.fields import weights_from

@@ -69,7 +69,7 @@ def main() -> None:
     """Sample on this launch's ranks, write on one."""
     args = parse()
     from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common
-    from megatron_groupdpo.mcore.passes.generate import SamplingOptions
+    from megatron_groupdpo.mcore.generate import SamplingOptions
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.online.rollouts import rollout_groups

@@ -23,8 +23,8 @@ from megatron_groupdpo.convert.hf.shards import write_json, write_shards
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.importing import DTYPES
 from megatron_groupdpo.convert.tensors.plan import Key, Pair, conversion_plan
-from megatron_groupdpo.convert.tensors.weights import NOT_THE_WEIGHTS
-from megatron_groupdpo.convert.tensors.whole_tensors import checkpoint_tensors, gathered_tensors
+from megatron_groupdpo.convert.weights.loading import NOT_THE_WEIGHTS
+from megatron_groupdpo.convert.weights.whole_tensors import checkpoint_tensors, gathered_tensors
 from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common, weights_dtype

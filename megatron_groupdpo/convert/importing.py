@@ -16,7 +16,7 @@ from megatron_groupdpo.convert.folders import check_target, new_folder_of_all_ra
 from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.model import CONFIG, GENERATION_CONFIG, HfModel, open_hf_model
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
-from megatron_groupdpo.convert.tensors.weights import fill_on_all_ranks, with_vocabulary_padding
+from megatron_groupdpo.convert.weights.loading import fill_on_all_ranks, with_vocabulary_padding
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError
 from megatron_groupdpo.mcore.checkpoint.folders import TRACKER, Progress

@@ -11,7 +11,7 @@ from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.hub import is_hub_name, model_folder
 from megatron_groupdpo.convert.hf.model import HfModel, is_hf_folder, open_hf_model
 from megatron_groupdpo.convert.importing import kept_of
-from megatron_groupdpo.convert.tensors.weights import check_same_model, fill_on_all_ranks
+from megatron_groupdpo.convert.weights.loading import check_same_model, fill_on_all_ranks
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
 from megatron_groupdpo.errors import CheckpointError
 from megatron_groupdpo.mcore.checkpoint.folders import check_same_model as check_same_checkpoint

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.model import HfModel
-from megatron_groupdpo.convert.tensors.weights import check_same_model, fill_on_all_ranks
+from megatron_groupdpo.convert.weights.loading import check_same_model, fill_on_all_ranks
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks

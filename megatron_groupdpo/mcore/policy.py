@@ -15,6 +15,9 @@ from megatron_groupdpo.config.rules.mixture import check_mixture
 from megatron_groupdpo.mcore.checkpoint.digest import count_parameters, weights_digest
 from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common
 from megatron_groupdpo.mcore.checkpoint.training import load_weights
+from megatron_groupdpo.mcore.fp8.passes import TwoPassScaling
+from megatron_groupdpo.mcore.fp8.state import TransformerEngineState, fuse_weight_gradients
+from megatron_groupdpo.mcore.fp8.weights import full_weights, keep_in_fp8
 from megatron_groupdpo.mcore.model.build import build_model, transformer_config, wrap_for_inference, wrap_for_training
 from megatron_groupdpo.mcore.model.implementation import check_kernels, choose_transformer_impl
 from megatron_groupdpo.mcore.model.init import initialize_weights
@@ -22,9 +25,6 @@ from megatron_groupdpo.mcore.passes.cuda_graphs import layer_graphs
 from megatron_groupdpo.mcore.passes.engine import MegatronEngine
 from megatron_groupdpo.mcore.passes.logprobs import choose_fused
 from megatron_groupdpo.mcore.setup import Ranks
-from megatron_groupdpo.mcore.te.fp8_passes import TwoPassScaling
-from megatron_groupdpo.mcore.te.fp8_state import TransformerEngineState, fuse_weight_gradients
-from megatron_groupdpo.mcore.te.fp8_weights import full_weights, keep_in_fp8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

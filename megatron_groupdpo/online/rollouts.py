@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.errors import ConfigError
-from megatron_groupdpo.mcore.passes.generate import SampledResponse, SamplingOptions, sample
+from megatron_groupdpo.mcore.generate import SampledResponse, SamplingOptions, sample
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.online.problems import Problem
 from megatron_groupdpo.online.verifiers import Verifier
@@ -29,7 +29,7 @@ def rollout_groups(
     """One group record (canonical schema) per problem; ``score`` in [0, 1] and ``label`` are the verifier's.
 
     Args:
-        policy: see :func:`megatron_groupdpo.mcore.passes.generate.sample`.
+        policy: see :func:`megatron_groupdpo.mcore.generate.sample`.
         tokenizer: the policy's own; its end token ends a response.
         problems: what to answer; the worked solution is not looked at.
         num_samples_per_prompt: N, responses per prompt.

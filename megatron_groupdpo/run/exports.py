@@ -13,7 +13,7 @@ from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, DataError, UserError
 from megatron_groupdpo.processes import errors_reach_all_ranks
-from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.run.parts import Run
 
 
 class Exports:

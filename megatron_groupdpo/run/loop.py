@@ -15,13 +15,13 @@ from megatron_groupdpo.config import to_yaml
 from megatron_groupdpo.mcore.checkpoint.folders import Progress
 from megatron_groupdpo.mcore.checkpoint.training import save_checkpoint
 from megatron_groupdpo.run.batches import DeviceFeed, PlannedBatch, Prefetcher
-from megatron_groupdpo.run.build import Run
 from megatron_groupdpo.run.exports import Exports
 from megatron_groupdpo.run.logs.flops import step_flops
 from megatron_groupdpo.run.logs.metrics import batch_metrics
 from megatron_groupdpo.run.logs.profile import StepProfiler
 from megatron_groupdpo.run.logs.start_report import print_start
 from megatron_groupdpo.run.logs.writer import RunLogger
+from megatron_groupdpo.run.parts import Run
 from megatron_groupdpo.run.proofs.step import (
     calibrate_fp8,
     check_gradient,

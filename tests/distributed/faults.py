@@ -14,7 +14,7 @@ from megatron_groupdpo.mcore.passes import engine
 from megatron_groupdpo.mcore.passes import engine as context_parallel
 from megatron_groupdpo.mcore.passes.engine import MegatronEngine
 from megatron_groupdpo.mcore.passes.optimizer import Updater
-from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.run.parts import Run
 from megatron_groupdpo.step import train_step
 
 Inject = Callable[[ExitStack, Run], object]

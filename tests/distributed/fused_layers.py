@@ -26,9 +26,9 @@ from megatron_groupdpo.mcore.checkpoint.training import load_weights, save_check
 from megatron_groupdpo.mcore.model import build as model_file
 from megatron_groupdpo.mcore.model.attention import SdpaAttention
 from megatron_groupdpo.mcore.model.norm import norm_class
+from megatron_groupdpo.mcore.model.te_spec import LayerParts
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
-from megatron_groupdpo.mcore.te.spec import LayerParts
 from megatron_groupdpo.reference.score import score_groups
 
 _ROPE = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}

@@ -21,8 +21,8 @@ from two_pass_case import LOSS, Case, Runner, agreement, captured_against_layers
 
 from megatron_groupdpo.data.batches.microbatches import build_microbatches
 from megatron_groupdpo.data.batches.planner import plan_whole_groups
+from megatron_groupdpo.mcore.generate import SamplingOptions, sample
 from megatron_groupdpo.mcore.model import build as model
-from megatron_groupdpo.mcore.passes.generate import SamplingOptions, sample
 from megatron_groupdpo.mcore.passes.gradient import PlainEngine
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
 

@@ -16,7 +16,7 @@ from pair_problem import LOSS, ProblemFiles
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert.hf.model import open_hf_model
-from megatron_groupdpo.convert.tensors.weights import load_hf_weights
+from megatron_groupdpo.convert.weights.loading import load_hf_weights
 from megatron_groupdpo.data.batches.planner import PlanOptions
 from megatron_groupdpo.data.batches.sampler import GroupSampler
 from megatron_groupdpo.data.store.reader import TokenStore

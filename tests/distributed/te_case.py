@@ -23,8 +23,8 @@ from megatron_groupdpo.mcore import host_device
 from megatron_groupdpo.mcore.checkpoint.digest import parameter_names
 from megatron_groupdpo.mcore.checkpoint.folders import Progress
 from megatron_groupdpo.mcore.checkpoint.training import load_training, load_weights, save_checkpoint
+from megatron_groupdpo.mcore.fp8 import state as te_fp8
 from megatron_groupdpo.mcore.passes.optimizer import optimizer_origin
-from megatron_groupdpo.mcore.te import fp8_state as te_fp8
 
 
 def both_specs(family: str, packed: bool) -> dict[str, float]:

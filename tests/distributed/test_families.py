@@ -101,7 +101,7 @@ def logprobs_on_rank(folders: Mapping[str, Path], layout: Mapping[str, Any], pac
     """Log-probabilities under each family's model, one layout for all; None except on the last stage."""
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
     from megatron_groupdpo.convert.hf.model import open_hf_model
-    from megatron_groupdpo.convert.tensors.weights import load_hf_weights
+    from megatron_groupdpo.convert.weights.loading import load_hf_weights
     from megatron_groupdpo.mcore.policy import build_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
 
@@ -146,7 +146,7 @@ def gradients_on_rank(
 
     from megatron_groupdpo.config import OptimizerConfig, ParallelConfig, PrecisionConfig
     from megatron_groupdpo.convert.hf.model import open_hf_model
-    from megatron_groupdpo.convert.tensors.weights import load_hf_weights
+    from megatron_groupdpo.convert.weights.loading import load_hf_weights
     from megatron_groupdpo.mcore.passes.optimizer import build_optimizer
     from megatron_groupdpo.mcore.policy import build_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down

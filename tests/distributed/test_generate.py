@@ -56,7 +56,7 @@ def prompts_of(lengths: list[int]) -> list[np.ndarray]:
 def sample_on_rank(
     layout: dict[str, int], model: dict[str, Any], lengths: list[int], options: dict[str, Any]
 ) -> list[list[int]]:
-    from megatron_groupdpo.mcore.passes.generate import SamplingOptions, sample
+    from megatron_groupdpo.mcore.generate import SamplingOptions, sample
     from megatron_groupdpo.mcore.setup import shut_down
 
     try:
@@ -70,7 +70,7 @@ def sample_on_rank(
 
 def largest_gap_to_uncached_on_rank(layout: dict[str, int], model: dict[str, Any]) -> float:
     """Largest difference between logits with the cache and of a forward over the whole prefix."""
-    from megatron_groupdpo.mcore.passes.generate import StaticInferenceContext, _next_logits
+    from megatron_groupdpo.mcore.generate import StaticInferenceContext, _next_logits
     from megatron_groupdpo.mcore.setup import shut_down
 
     try:

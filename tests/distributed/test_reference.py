@@ -267,9 +267,9 @@ def swap_on_rank(checkpoint: str, other: str) -> dict[str, Any]:
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
     from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint
     from megatron_groupdpo.mcore.checkpoint.training import load_weights
-    from megatron_groupdpo.mcore.passes.swapped import swapped_reference
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
+    from megatron_groupdpo.reference.swapped import swapped_reference
 
     parallel = ParallelConfig(device="cpu", pipeline_model_parallel_size=2)
     ranks = initialize(parallel, seed=0)

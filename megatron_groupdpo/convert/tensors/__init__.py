@@ -1,1 +1,1 @@
-"""The tensors of a model on both sides: their names, how they are paired, moved and gathered."""
+"""The tensors of a model: their global names, and how they pair between Megatron and Hugging Face."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families import Family
+from megatron_groupdpo.convert.families.transforms import COPY, GATE_UP, QKV, Transform
 from megatron_groupdpo.convert.tensors.megatron_names import (
     Shape,
     is_in_layer,
@@ -17,7 +18,6 @@ from megatron_groupdpo.convert.tensors.megatron_names import (
     megatron_tensors,
     rule_name,
 )
-from megatron_groupdpo.convert.tensors.transforms import COPY, GATE_UP, QKV, Transform
 
 Key = tuple[str, int | None]
 """Megatron's global name and the layer; None for tensors outside the layers."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_groupdpo.data.counts import Counts, Reason, counts_as_json
 from megatron_groupdpo.data.files.reader import count_records, expand_inputs, read_records
 from megatron_groupdpo.data.inspect.stats import NUM_EXAMPLES, GroupBlock, Statistics
 from megatron_groupdpo.data.inspect.texts import GroupFindings, TextCheck
 from megatron_groupdpo.data.inspect.warnings import RULES, Finding, Seen, warnings_of
-from megatron_groupdpo.data.preprocess.counts import Counts, Reason, counts_as_json
 from megatron_groupdpo.data.schemas import SchemaOptions, choose_schema
 from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.errors import DataError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
+from megatron_groupdpo.data.counts import summary_table
 from megatron_groupdpo.data.inspect.inspection import Inspection
 from megatron_groupdpo.data.inspect.stats import QUANTILES, TITLES
-from megatron_groupdpo.data.preprocess.counts import summary_table
 
 _COLUMNS = ("mean", "min", *QUANTILES, "max")
 

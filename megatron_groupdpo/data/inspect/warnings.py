@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.counts import Counts
 from megatron_groupdpo.data.inspect.stats import Statistics
-from megatron_groupdpo.data.preprocess import counts as why
-from megatron_groupdpo.data.preprocess.counts import Counts
 
 Unit = Literal["groups", "responses"]
 

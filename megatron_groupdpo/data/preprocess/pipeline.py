@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import megatron_groupdpo
+from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.counts import Counts, counts_as_json, counts_from_json, summary_table
 from megatron_groupdpo.data.files.reader import Raw, approximate_size, expand_inputs, identify, parse_raw, read_raw
-from megatron_groupdpo.data.preprocess import counts as why
-from megatron_groupdpo.data.preprocess.counts import Counts, counts_as_json, counts_from_json, summary_table
 from megatron_groupdpo.data.preprocess.prepare import (
     Chunk,
     GroupPreparer,

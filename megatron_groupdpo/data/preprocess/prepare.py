@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.counts import Counts
 from megatron_groupdpo.data.files.reader import Raw, parse_raw
-from megatron_groupdpo.data.preprocess import counts as why
-from megatron_groupdpo.data.preprocess.counts import Counts
 from megatron_groupdpo.data.preprocess.partition import (
     Partition,
     cap_sides,

@@ -10,7 +10,7 @@ the prompt, sequences 1..K are the responses. Beside it lie flat arrays over gro
     prompt_keys [G] uint32       CRC-32 of the prompt's ids, by which a validation set is split off
     mask_rows [R] int64          only where some response is masked: its row in ``masks.bin/.idx``, or -1
 
-``store_writer.py`` writes it.
+``writer.py`` writes it.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from megatron_groupdpo.data.preprocess import counts as why
-from megatron_groupdpo.data.preprocess.counts import Counts
+from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.counts import Counts
 from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.errors import ConfigError, DataError, StopError
 from megatron_groupdpo.types import GroupRecord, Message, Text

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from torch import Tensor
 
+from megatron_groupdpo.mcore.fp8.weights import full_weights, raw_parts
 from megatron_groupdpo.mcore.model.init import sharded_tensors
 from megatron_groupdpo.mcore.setup import Ranks
-from megatron_groupdpo.mcore.te.fp8_weights import full_weights, raw_parts
 from megatron_groupdpo.mcore.weights import finish_param_gather, unwrapped
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}

@@ -27,7 +27,7 @@ from megatron_groupdpo.mcore.checkpoint.folders import (
     last_line,
     read_common,
 )
-from megatron_groupdpo.mcore.te.fp8_weights import full_weights
+from megatron_groupdpo.mcore.fp8.weights import full_weights
 from megatron_groupdpo.mcore.weights import finish_param_gather, optimizer_parts, unwrapped
 
 _EXTRA_STATE = "_extra_state"

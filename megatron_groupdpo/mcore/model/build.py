@@ -38,7 +38,7 @@ from megatron_groupdpo.mcore.model.rotary import (
     score_factor,
     take_angles_by_token,
 )
-from megatron_groupdpo.mcore.te.spec import fused_layer_spec, transformer_engine_parts
+from megatron_groupdpo.mcore.model.te_spec import fused_layer_spec, transformer_engine_parts
 
 # GPTModel warns on every construction that HybridModel will replace it; said once, in the docstring above.
 logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
@@ -61,7 +61,7 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's configuration for this run.
 
-    ``calculate_per_token_loss`` is set so that nothing rescales the loss or the gradient: see ``engine.py``. With
+    ``calculate_per_token_loss`` is set so that nothing rescales the loss or the gradient: ``passes/engine.py``. With
     ``fp8_weights`` Transformer Engine's linear layers are built with weights in FP8.
 
     Raises:

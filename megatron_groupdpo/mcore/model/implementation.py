@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_groupdpo.config import ModelConfig, PrecisionConfig
 from megatron_groupdpo.config.fp8 import recipe_problem
 from megatron_groupdpo.errors import ConfigError
-from megatron_groupdpo.mcore.te import fp8_state as te_fp8
+from megatron_groupdpo.mcore.fp8 import state as te_fp8
 
 _WINDOW = "sliding window under ring context parallelism (context_parallel_size {}); --attention-backend local has it"
 

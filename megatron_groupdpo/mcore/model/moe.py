@@ -4,7 +4,7 @@ The router does what ``transformers`` does, and nothing else: no balancing loss,
 route alike, a token's experts depend on the token alone, and padding changes nothing.
 
 The gradient of an expert needs no factor: tokens of all ranks come to the rank that has it, and Megatron sums what the
-ranks with copies found (``calculate_per_token_loss``, see ``engine.py``).
+ranks with copies found (``calculate_per_token_loss``, see ``passes/engine.py``).
 """
 
 from __future__ import annotations

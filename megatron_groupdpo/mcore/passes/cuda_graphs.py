@@ -20,7 +20,7 @@ the swapped reference all write in place; :meth:`LayerGraphs.check_addresses` ho
 Gradients. Those of weights leave a replayed backward as autograd's outputs, and Megatron's hooks, which add them to its
 buffers and start reductions, are on the nodes after that. Captures run backwards through ``torch.autograd.grad``, which
 does not run those nodes, but does make their stream wait: so they are made in another one than the default
-(``model.py``, ``wrap_for_training``).
+(``model/build.py``, ``wrap_for_training``).
 
 Python. None runs in a replayed layer: no hooks of modules, no reads of the device, no copies from the host.
 """

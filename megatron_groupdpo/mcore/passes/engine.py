@@ -27,11 +27,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_groupdpo.engine import MicrobatchLoss
+from megatron_groupdpo.mcore.fp8.passes import TwoPassScaling
 from megatron_groupdpo.mcore.model.rotary import positions
 from megatron_groupdpo.mcore.passes.cuda_graphs import LayerGraphs
 from megatron_groupdpo.mcore.passes.logprobs import selected_logprobs
 from megatron_groupdpo.mcore.setup import Ranks
-from megatron_groupdpo.mcore.te.fp8_passes import TwoPassScaling
 from megatron_groupdpo.mcore.weights import wait_for_parameter
 from megatron_groupdpo.tensors import to_device
 from megatron_groupdpo.types import Microbatch

@@ -11,7 +11,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_groupdpo.config import OptimizerConfig as OptimizerOptions
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-from megatron_groupdpo.mcore.te.fp8_weights import attach_masters
+from megatron_groupdpo.mcore.fp8.weights import attach_masters
 from megatron_groupdpo.mcore.weights import optimizer_parts
 
 

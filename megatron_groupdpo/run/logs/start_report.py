@@ -10,7 +10,7 @@ from megatron_groupdpo.convert.hf.hub import is_hub_name
 from megatron_groupdpo.data.batches.sampler import BlendedSampler
 from megatron_groupdpo.mcore.passes.optimizer import optimizer_origin
 from megatron_groupdpo.run.batches import PlannedBatch
-from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.run.parts import Run
 
 _LAYERS = {"local": "local", "transformer_engine": "Transformer Engine's"}
 

@@ -11,7 +11,7 @@ from megatron_groupdpo.errors import UserError
 from megatron_groupdpo.mcore.checkpoint.digest import differing_replicas
 from megatron_groupdpo.mcore.passes.gradient import PlainEngine, gradient_pieces
 from megatron_groupdpo.run.batches import PlannedBatch
-from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.run.parts import Run
 from megatron_groupdpo.run.proofs.tolerances import drift_threshold, gradient_tolerance, logp_tolerance, shown
 from megatron_groupdpo.step.coefficients import group_loss
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient

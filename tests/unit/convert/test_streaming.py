@@ -58,7 +58,7 @@ source, out, what = sys.argv[1:]
 if what == "read":
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
     from megatron_groupdpo.convert.hf.model import open_hf_model
-    from megatron_groupdpo.convert.tensors.weights import fill
+    from megatron_groupdpo.convert.weights.loading import fill
     from megatron_groupdpo.mcore.policy import build_policy
     from megatron_groupdpo.mcore.setup import initialize
     ranks = initialize(ParallelConfig(device="cpu"), seed=0)

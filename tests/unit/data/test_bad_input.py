@@ -15,9 +15,9 @@ from data_makers import train_byte_level
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.files import json_array
 from megatron_groupdpo.data.files.reader import read_records
-from megatron_groupdpo.data.preprocess import counts as why
 from megatron_groupdpo.data.preprocess.partition import Partition
 from megatron_groupdpo.data.preprocess.pipeline import preprocess
 from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions

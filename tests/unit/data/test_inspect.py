@@ -16,11 +16,11 @@ from data_makers import STYLES, make_folder
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.inspect.inspection import Inspection, Records, inspect_records, inspect_store
 from megatron_groupdpo.data.inspect.stats import Distribution, GroupBlock, Statistics
 from megatron_groupdpo.data.inspect.verify import store_bytes, verify_store
 from megatron_groupdpo.data.inspect.warnings import RULES
-from megatron_groupdpo.data.preprocess import counts as why
 from megatron_groupdpo.data.preprocess.partition import Partition
 from megatron_groupdpo.data.preprocess.pipeline import preprocess
 from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data.preprocess import counts as why
-from megatron_groupdpo.data.preprocess.counts import Counts, summary_table
+from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.counts import Counts, summary_table
 from megatron_groupdpo.data.preprocess.partition import Partition
 from megatron_groupdpo.data.store.reader import TokenStore
 from megatron_groupdpo.data.text.tokenize import TokenizeOptions

@@ -20,7 +20,7 @@ from data_makers import largest_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data.preprocess import counts as why
+from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.preprocess.partition import Partition
 from megatron_groupdpo.data.preprocess.pipeline import Listeners, preprocess
 from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from megatron_groupdpo.data.preprocess import counts as why
+from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.text.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
 from megatron_groupdpo.types import GroupRecord, Message, ResponseRecord, Text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_groupdpo.mcore.passes.generate import SamplingOptions, _draw
+from megatron_groupdpo.mcore.generate import SamplingOptions, _draw
 from megatron_groupdpo.objectives.keys import mix
 
 LOGITS_V = torch.tensor([0.0, 2.0, -1.0, 1.0, -30.0])

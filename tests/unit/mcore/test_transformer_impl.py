@@ -34,7 +34,7 @@ def choice(
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_groupdpo.mcore.te import fp8_state as te_fp8
+    from megatron_groupdpo.mcore.fp8 import state as te_fp8
 
     monkeypatch.setattr(te_fp8, "transformer_engine_problem", lambda: None)
 
@@ -86,7 +86,7 @@ def test_auto_never_drops_an_option_that_only_transformer_engine_has(
     precision: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Megatron itself ignores ``fp8`` without it, in silence."""
-    from megatron_groupdpo.mcore.te import fp8_state as te_fp8
+    from megatron_groupdpo.mcore.fp8 import state as te_fp8
 
     monkeypatch.setattr(te_fp8, "transformer_engine_problem", lambda: "importing it fails (say why)")
     for device, why in ((CPU, "the run's device is the CPU"), (CUDA, "importing it fails")):
@@ -96,8 +96,8 @@ def test_auto_never_drops_an_option_that_only_transformer_engine_has(
 
 
 def test_what_the_machine_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch):
+    from megatron_groupdpo.mcore.fp8 import state as te_fp8
     from megatron_groupdpo.mcore.model import implementation as kernels
-    from megatron_groupdpo.mcore.te import fp8_state as te_fp8
 
     def check(recipe: str, capability: tuple[int, int]) -> None:
         monkeypatch.setattr(te_fp8, "device_capability", lambda _device: capability)

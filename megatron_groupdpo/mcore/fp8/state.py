@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_groupdpo.mcore.te.fp8_weights import quantize_anew
+from megatron_groupdpo.mcore.fp8.weights import quantize_anew
 
 _held_update: Any = None
 """Transformer Engine's update, once it is held back."""
@@ -69,7 +69,7 @@ def fuse_weight_gradients(chunk: torch.nn.Module) -> int:
     """Let Transformer Engine's linear layers add to ``main_grad`` themselves; how many there are.
 
     Set on the modules, not in Megatron's configuration: there it would ask for Apex in the output layer, whose product
-    with the hidden states is not taken here (``engine.py``).
+    with the hidden states is not taken here (``passes/engine.py``).
     """
     linears = [module for module in chunk.modules() if hasattr(module, "fuse_wgrad_accumulation")]
     for module in linears:
@@ -78,7 +78,7 @@ def fuse_weight_gradients(chunk: torch.nn.Module) -> int:
 
 
 class TransformerEngineState:
-    """A :class:`megatron_groupdpo.mcore.te.fp8_passes.ScalingState` of a model's chunks."""
+    """A :class:`megatron_groupdpo.mcore.fp8.passes.ScalingState` of a model's chunks."""
 
     def __init__(self, chunks: Sequence[Any], *, recipe: str, device: torch.device) -> None:
         self._chunks = list(chunks)

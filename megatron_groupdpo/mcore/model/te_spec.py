@@ -32,7 +32,7 @@ from megatron_groupdpo.mcore.model.attention import SdpaAttention, layer_window
 from megatron_groupdpo.mcore.model.moe import grouped_mixture_mlp
 from megatron_groupdpo.mcore.model.norm import AcrossHeadsRMSNorm, PostNormLayer
 from megatron_groupdpo.mcore.model.rotary import TwoRopeSelfAttention, score_factor
-from megatron_groupdpo.mcore.te.grouped import scales_by_expert
+from megatron_groupdpo.mcore.model.te_grouped import scales_by_expert
 
 _NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",

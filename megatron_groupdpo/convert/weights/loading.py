@@ -21,9 +21,9 @@ from megatron_groupdpo.convert.hf.model import HfModel, open_hf_model
 from megatron_groupdpo.convert.tensors.megatron_names import tensor_key
 from megatron_groupdpo.convert.tensors.plan import Key
 from megatron_groupdpo.errors import ConfigError
+from megatron_groupdpo.mcore.fp8.weights import full_weights
 from megatron_groupdpo.mcore.model.init import sharded_tensors
 from megatron_groupdpo.mcore.policy import Policy, model_identity
-from megatron_groupdpo.mcore.te.fp8_weights import full_weights
 from megatron_groupdpo.mcore.weights import unwrapped
 from megatron_groupdpo.processes import errors_reach_all_ranks
 

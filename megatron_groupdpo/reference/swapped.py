@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_groupdpo.mcore.fp8.weights import raw_parts, renew_transposes
 from megatron_groupdpo.mcore.passes.engine import MegatronEngine
 from megatron_groupdpo.mcore.policy import Policy
-from megatron_groupdpo.mcore.te.fp8_weights import raw_parts, renew_transposes
 from megatron_groupdpo.mcore.weights import finish_param_gather, unwrapped
 from megatron_groupdpo.types import Microbatch
 

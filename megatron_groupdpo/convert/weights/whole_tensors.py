@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_groupdpo.convert.tensors.megatron_names import num_leading_axes, tensor_key
 from megatron_groupdpo.convert.tensors.plan import Key, Pair
-from megatron_groupdpo.convert.tensors.weights import key_of, policy_shards, window_of
+from megatron_groupdpo.convert.weights.loading import key_of, policy_shards, window_of
 from megatron_groupdpo.errors import CheckpointError
 from megatron_groupdpo.mcore.checkpoint.digest import is_own_shard
 from megatron_groupdpo.mcore.checkpoint.tensors import CheckpointTensors

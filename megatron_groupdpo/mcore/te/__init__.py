@@ -1,1 +1,0 @@
-"""Transformer Engine's layers, and FP8 through them."""
