@@ -16,8 +16,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
+from queue import SimpleQueue
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -40,7 +42,8 @@ class Patch:
 
 def read_patches(folder: Path) -> list[Patch]:
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Patch(**json.loads(line)) for line in lines if line.strip()]
+    found = [json.loads(line) for line in lines if line.strip()]
+    return [Patch(**{field.name: each[field.name] for field in fields(Patch)}) for each in found]
 
 
 def misfit(patch: Patch, tree: Path) -> str | None:
@@ -84,6 +87,7 @@ def outcome_of(patch: Patch, tree: Path) -> str:
 
 
 def copy_tree(tree: Path) -> None:
+    tree.mkdir()
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
@@ -100,16 +104,26 @@ def main(words: Sequence[str]) -> int:
     ]
     wrong = 0
     with tempfile.TemporaryDirectory(prefix="groupdpo-mutations-") as folder:
-        tree = Path(folder)
-        copy_tree(tree)
-        answer, said = run_tests(tree, sorted({patch.test for patch in patches}))
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for name in ("one", "two")[: os.cpu_count()]:
+            copy_tree(Path(folder) / name)
+            trees.put(Path(folder) / name)
+        answer, said = run_tests(Path(folder) / "one", sorted({patch.test for patch in patches}))
         if answer != GREEN:
             print(f"the tests are not green with nothing broken (pytest answers {answer}):\n{said}")
             return 1
-        for number, patch in enumerate(patches, 1):
-            outcome = outcome_of(patch, tree)
-            wrong += outcome != "red"
-            print(f"{number:3d}/{len(patches)}  {outcome:6s}  {patch.what:60s}  {patch.test}", flush=True)
+
+        def broken(patch: Patch) -> str:
+            tree = trees.get()
+            try:
+                return outcome_of(patch, tree)
+            finally:
+                trees.put(tree)
+
+        with ThreadPoolExecutor(trees.qsize()) as workers:
+            for number, (patch, outcome) in enumerate(zip(patches, workers.map(broken, patches)), 1):
+                wrong += outcome != "red"
+                print(f"{number:3d}/{len(patches)}  {outcome:6s}  {patch.what:60s}  {patch.test}", flush=True)
     print(f"{len(patches)} breaks, {wrong} not seen")
     return 1 if wrong or not patches else 0
 

@@ -116,6 +116,12 @@ def test_weights_go_to_the_stores_in_their_order(dataset: GroupDataset):
     assert by_store[2][:6] == [3, 4, 5, 6, 3, 4]
 
 
+def test_a_share_may_be_a_ten_thousandth(dataset: GroupDataset):
+    sampler = build_sampler(dataset, np.arange(12), seed=5, shuffle=False, weights=(1, 2, 9_997))
+    owners = [0 if group < 3 else 1 if group < 4 else 2 for group, _ in sampler.take(0, 20_000)]
+    assert [owners.count(store) for store in range(3)] == [2, 4, 19_994]
+
+
 def test_each_weighted_store_has_a_seed_and_a_curriculum_of_its_own(dataset: GroupDataset):
     ids = np.arange(12)
     sizes_G = np.array([len(item.labels) for item in GROUPS])
