@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from megatron_groupdpo.entry import run_entry
-from megatron_groupdpo.run.logs.plots import plot_run
 
 
 def main() -> None:
@@ -16,6 +15,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, metavar="PNG", help="default: training.png beside metrics.jsonl")
     parser.add_argument("--title", default="", help="default: the folder's name")
     args = parser.parse_args()
+    from megatron_groupdpo.run.logs.plots import plot_run  # matplotlib takes seconds to import
+
     folder = args.run if args.run.is_dir() else args.run.parent
     output = args.output or folder / "training.png"
     panels = plot_run(args.run, output, title=args.title)

@@ -13,7 +13,8 @@ from megatron.core.fp8_utils import is_float8tensor
 from te_patches import UNFUSED, gathered_bucket_by_bucket, layers_allowed_on_a_cpu
 from two_pass_case import Case, Runner, one_rank
 
-from megatron_groupdpo.convert.hf.model import is_hf_folder, open_hf_model
+from megatron_groupdpo.convert.hf.folder import is_hf_folder
+from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.weights.loading import load_hf_weights
 from megatron_groupdpo.mcore.checkpoint.digest import differing_replicas, parameter_names
 from megatron_groupdpo.mcore.checkpoint.folders import Progress

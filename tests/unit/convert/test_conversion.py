@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert import verify
 from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, export_hf
-from megatron_groupdpo.convert.hf.files import INDEX, HfWeights
+from megatron_groupdpo.convert.hf.files import HfWeights
+from megatron_groupdpo.convert.hf.folder import INDEX
 from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.hf.model_section import complete_model_section
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
