@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megatron_groupdpo.config import CommandParser
 from megatron_groupdpo.entry import run_entry
 
 
 def main() -> None:
     """Parse, draw, say where it is."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = CommandParser(prog="plot_run.py", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or its metrics.jsonl")
     parser.add_argument("--output", type=Path, metavar="PNG", help="default: training.png beside metrics.jsonl")
     parser.add_argument("--title", default="", help="default: the folder's name")
