@@ -26,6 +26,7 @@ from typing import Any
 
 import gpu_parts
 from bench_output import write_text
+from gpu_context import Context
 from gpu_report import write_report
 from record import RESULTS, ROOT, machine
 
@@ -158,7 +159,7 @@ def start_part(name: str, args: argparse.Namespace, folder: Path, *, limit_s: fl
 def run_part(name: str, args: argparse.Namespace) -> None:
     """In the part's own process: one line a point, as soon as it is there."""
     folder = args.output / "gpu_suite_parts"
-    context = gpu_parts.Context(device=args.device, tiny=args.scale == "tiny", output=args.output)
+    context = Context(device=args.device, tiny=args.scale == "tiny", output=args.output)
     try:
         write_text(folder / f"{name}.machine.json", json.dumps(machine(args.device)))
         with (folder / f"{name}.points.jsonl").open("w", encoding="utf-8") as file:

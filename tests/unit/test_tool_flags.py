@@ -140,7 +140,7 @@ def test_the_rules_of_a_command_are_those_of_a_run():
     """Whatever a command refuses of layout and precision, a run refuses in the same words."""
     cases = {
         "--tensor-model-parallel-size 2": 3,
-        "--expert-model-parallel-size 2": 1,
+        "--expert-model-parallel-size 2 --num-moe-experts 4 --no-add-bias-linear": 1,
         "--sequence-parallel": 1,
         "--fp8-format e4m3": 1,
         "--bf16 --fp8-format e4m3 --fp8-recipe tensorwise --device cpu": 1,

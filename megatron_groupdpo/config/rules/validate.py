@@ -66,7 +66,7 @@ def validate_machine(parallel: ParallelConfig, precision: PrecisionConfig, world
     _refuse(
         [
             *_ranks_problems(parallel, world_size),
-            *expert_ranks_problems(parallel, world_size),
+            *(expert_ranks_problems(parallel, world_size) if parallel.expert_model_parallel_size > 1 else ()),
             *fp8_option_problems(precision, parallel),
             *idle_problems(SimpleNamespace(precision=precision), only=_ALONE),
         ]
