@@ -107,8 +107,8 @@ def run_suite(args: argparse.Namespace) -> int:
         print(f"{title}: at most {limit_s:.0f} s", flush=True)
         outcome = start_part(name, args, folder, limit_s=limit_s)
         write_outcome(folder, outcome)
-        said = f": {outcome.error.strip().splitlines()[-1]}" if outcome.error else ""
-        print(f"    {outcome.state} after {outcome.seconds:.0f} s, {len(outcome.points)} points{said}", flush=True)
+        error = f": {outcome.error.strip().splitlines()[-1]}" if outcome.error else ""
+        print(f"    {outcome.state} after {outcome.seconds:.0f} s, {len(outcome.points)} points{error}", flush=True)
         report(args, folder)
     print(report(args, folder), flush=True)
     states = {name: (read_outcome(folder, name) or {"state": NOT_RUN})["state"] for name in names}
