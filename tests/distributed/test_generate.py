@@ -109,7 +109,7 @@ def test_what_is_drawn_does_not_depend_on_batch_size_order_or_layout(pool: RankP
     (in_one_batch,) = pool.run(1, sample_on_rank, {}, {}, lengths, {**draws, "batch_size": 64})
     split = pool.run(2, sample_on_rank, {"tensor_model_parallel_size": 2}, {}, lengths, {**draws, "batch_size": 2})
     assert one_by_one == in_one_batch == split[0] == split[1]
-    assert len({tuple(answer) for answer in together}) > 1
+    assert len({tuple(answer) for answer in in_one_batch}) > 1
     (another_seed,) = pool.run(1, sample_on_rank, {}, {}, lengths, {**draws, "seed": 5, "batch_size": 64})
     assert another_seed != in_one_batch
 

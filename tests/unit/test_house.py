@@ -225,9 +225,9 @@ def test_every_folder_of_the_package_has_its_layer():
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("megatron_groupdpo.objectives.pairs", "from megatron_groupdpo.step import score"),
-        ("megatron_groupdpo.objectives.pairs", "from ..step.score import score"),
-        ("megatron_groupdpo.objectives.pairs", "from megatron_groupdpo import run"),
+        ("megatron_groupdpo.objectives.dpo", "from megatron_groupdpo.step import score"),
+        ("megatron_groupdpo.objectives.dpo", "from ..step.score import score"),
+        ("megatron_groupdpo.objectives.dpo", "from megatron_groupdpo import run"),
         ("megatron_groupdpo.mcore.model.build", "def f():\n    import megatron_groupdpo.data.records"),
         ("megatron_groupdpo.types", "importlib.import_module('megatron_groupdpo.objectives')"),
     ],
@@ -242,8 +242,8 @@ def test_an_upward_import_is_seen(module: str, line: str):
         ("megatron_groupdpo.step.score", "from megatron_groupdpo.objectives import group_loss"),
         ("megatron_groupdpo.step.score", "from . import coefficients"),
         ("megatron_groupdpo.types", "from megatron_groupdpo.errors import DataError"),
-        ("megatron_groupdpo.objectives.pairs", "from megatron_groupdpo import __version__"),
-        ("megatron_groupdpo.objectives.pairs", "import torch.distributed"),
+        ("megatron_groupdpo.objectives.dpo", "from megatron_groupdpo import __version__"),
+        ("megatron_groupdpo.objectives.dpo", "import torch.distributed"),
     ],
 )
 def test_a_downward_import_is_allowed(module: str, line: str):
