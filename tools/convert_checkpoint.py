@@ -56,8 +56,8 @@ def _add_import(commands: Commands) -> None:
         description="Hugging Face model (safetensors) to distributed checkpoint. Writes SAVE/iter_0000000, "
         "the\ntokenizer, and model.yaml: the model section to put into a run's configuration.",
         epilog="example:\n  python tools/convert_checkpoint.py import --hf models/llama --save checkpoints/llama\n"
-        "  torchrun --nproc-per-node 2 tools/convert_checkpoint.py import --hf org/model --save checkpoints/model \\\n"
-        "      --tensor-model-parallel-size 2",
+        "  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/convert_checkpoint.py import \\\n"
+        "      --hf org/model --save checkpoints/model --tensor-model-parallel-size 2",
     )
     parser.add_argument("--hf", required=True, metavar="FOLDER", help="the Hugging Face model, or its name on the hub")
     parser.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="the checkpoint folder to make")
@@ -106,8 +106,8 @@ def _add_verify(commands: Commands) -> None:
         "and Megatron (the\n--load checkpoint, or the --hf folder imported on the fly). Exits with 1 above the "
         "tolerance.",
         epilog="example:\n"
-        "  torchrun --nproc-per-node 2 tools/convert_checkpoint.py verify --hf models/llama --text sample.txt \\\n"
-        "      --pipeline-model-parallel-size 2 --report verify.json",
+        "  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/convert_checkpoint.py verify \\\n"
+        "      --hf models/llama --text sample.txt --pipeline-model-parallel-size 2 --report verify.json",
     )
     parser.add_argument("--hf", required=True, metavar="FOLDER", help="the Hugging Face model, or its name on the hub")
     parser.add_argument("--load", type=Path, metavar="FOLDER", help="the checkpoint (default: import --hf in memory)")

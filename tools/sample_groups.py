@@ -25,8 +25,8 @@ from megatron_groupdpo.online.problems import read_problems
 from megatron_groupdpo.online.verifiers import get_verifier, verifier_names
 
 EXAMPLE = """example:
-  torchrun --nproc-per-node 2 tools/sample_groups.py --load runs/warm --prompts data/problems.jsonl \\
-      --num-samples-per-prompt 8 --output data/groups.jsonl
+  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/sample_groups.py \\
+      --load runs/warm --prompts data/problems.jsonl --num-samples-per-prompt 8 --output data/groups.jsonl
 
 Prompts are problems with known answers, as megatron_groupdpo.online.problems writes them, or GSM8K's. Ranks share
 them; what is drawn does not depend on how many ranks there are, nor on the batch size.

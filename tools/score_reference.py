@@ -24,8 +24,9 @@ from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError
 
 EXAMPLE = """example:
-  torchrun --nproc-per-node 2 tools/score_reference.py --load runs/warm --data-path data/groups.store \\
-      --output data/reference --pipeline-model-parallel-size 2 --micro-batch-size 8
+  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/score_reference.py \\
+      --load runs/warm --data-path data/groups.store --output data/reference \\
+      --pipeline-model-parallel-size 2 --micro-batch-size 8
 
 A run that is killed goes on where it stopped. Responses that the same weights have scored in another store under
 --output (the store has grown, say) take over those numbers. The numbers do not depend on the layout. Train with
