@@ -18,8 +18,6 @@ _WARNED: dict[type[Warning], tuple[str, ...]] = {
         # A class of Megatron's that is defined with the others and not used.
         "MimoModelConfig is experimental and still under active development. "
         "The API may change without notice in future releases.",
-        # One process that reads a checkpoint without ranks (an export) is rank 0.
-        "Could not determine rank from torch.distributed, RANK, or SLURM_PROCID. Defaulting to rank 0.",
         # Calls of Megatron's to torch's loader: metadata is read by each process for itself; a load is called by the
         # older order of arguments.
         "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to load in a single "
