@@ -18,8 +18,8 @@ from megatron_groupdpo.config import (
     train_iters,
 )
 from megatron_groupdpo.config.fp8 import precision_name, reference_precision
+from megatron_groupdpo.convert.hf.folder import is_hf_folder
 from megatron_groupdpo.convert.hf.hub import is_hub_name
-from megatron_groupdpo.convert.hf.model import is_hf_folder
 from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, load_any_policy
 from megatron_groupdpo.data.batches.planner import plan_options
 from megatron_groupdpo.data.batches.sampler import GroupSampler, Sampler, build_sampler
