@@ -122,7 +122,8 @@ class RankPool:
         return self._logs / f"rank{rank}.log"
 
     def _log_tails(self, num_ranks: int) -> str:
-        tails = ((rank, self._log(rank).read_text(errors="replace")[-2000:].strip()) for rank in range(num_ranks))
+        logs = ((rank, self._log(rank)) for rank in range(num_ranks))
+        tails = ((rank, log.read_text(errors="replace")[-2000:].strip()) for rank, log in logs if log.exists())
         return "\n".join(f"output of rank {rank}:\n{_indent(tail)}" for rank, tail in tails if tail)
 
 
@@ -167,9 +168,18 @@ def _serve(pipe: Connection, log: str, path: Sequence[str]) -> None:
             answer = (False, traceback.format_exc())
         # Models and process groups refer to each other in circles: uncollected, each job leaves hundreds of threads.
         gc.collect()
+        gc.freeze()  # what is left is modules, which the next collection need not go through again
+        if answer[0] and (left := group_threads()):
+            answer = (False, f"{function.__name__} left {left} threads of process groups: something still holds these")
         sys.stdout.flush()
         with contextlib.suppress(BrokenPipeError):  # given up on, and about to be killed
             pipe.send(answer)
+
+
+def group_threads() -> int:
+    """Threads of this process that serve process groups and their stores; a group has them as long as it lives."""
+    names = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    return sum(name.startswith(("pt_gloo", "pt_tcpstore")) for name in names)
 
 
 def _failure(answer: tuple[bool, Any] | None) -> str | None:
