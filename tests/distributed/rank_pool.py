@@ -166,9 +166,11 @@ def _serve(pipe: Connection, log: str, path: Sequence[str]) -> None:
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
-        # Models and process groups refer to each other in circles: uncollected, each job leaves hundreds of threads.
-        gc.collect()
-        gc.freeze()  # what is left is modules, which the next collection need not go through again
+        # Models and process groups refer to each other in circles, some through graphs that a collection does not see
+        # before another has freed what held them: uncollected, each job leaves hundreds of threads.
+        while gc.collect():
+            pass
+        gc.freeze()  # what is left is modules, which the next collections need not go through again
         if answer[0] and (left := group_threads()):
             answer = (False, f"{function.__name__} left {left} threads of process groups: something still holds these")
         sys.stdout.flush()
