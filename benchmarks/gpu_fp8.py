@@ -14,8 +14,7 @@ from gpu_parts import Context
 from gpu_step import LOSS, RECIPES, SHAPES, Bench, Setting, benches
 from torch import Tensor
 
-from megatron_groupdpo.run.batches import BatchSource
-from megatron_groupdpo.run.feed import on_device
+from megatron_groupdpo.run.batches import BatchSource, on_device
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.step.train_step import accumulate_gradient
 

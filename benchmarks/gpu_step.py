@@ -18,16 +18,15 @@ from gpu_parts import Context
 from memory_rank import equal_groups
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.planner import plan_options
-from megatron_groupdpo.data.sampler import GroupSampler
+from megatron_groupdpo.data.batches.planner import plan_options
+from megatron_groupdpo.data.batches.sampler import GroupSampler
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore import policy as policy_module
-from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
-from megatron_groupdpo.run.batches import BatchSource, PlannedBatch
-from megatron_groupdpo.run.feed import on_device
-from megatron_groupdpo.run.flops import step_flops
+from megatron_groupdpo.run.batches import BatchSource, PlannedBatch, on_device
+from megatron_groupdpo.run.logs.flops import step_flops
 from megatron_groupdpo.run.loop import peak_memory_bytes
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient

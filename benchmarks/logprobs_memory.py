@@ -3,8 +3,8 @@
     python benchmarks/logprobs_memory.py [--dtype fp32] [--vocab-sizes 32768 131072] [--tokens 512 1024 2048 4096 8192]
 
 Counts peak bytes allocated by tensors in the scoring pass (no gradient) and in forward and backward, for
-``mcore/logprobs.py`` and for ``(hidden @ weight.T).float().log_softmax().gather()``. Inputs are not counted, their
-gradients are. Writes benchmarks/results/logprobs_memory.{json,md,png}.
+``mcore/passes/logprobs.py`` and for ``(hidden @ weight.T).float().log_softmax().gather()``. Inputs are not counted,
+their gradients are. Writes benchmarks/results/logprobs_memory.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError
-from megatron_groupdpo.mcore.logprobs import selected_logprobs
+from megatron_groupdpo.mcore.passes.logprobs import selected_logprobs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]

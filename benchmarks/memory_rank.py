@@ -11,9 +11,9 @@ import torch
 from memory_counters import CountedEngine, ForwardBytes, SavedBytes, expected_peak
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.planner import plan_options
-from megatron_groupdpo.data.sampler import GroupSampler
-from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.data.batches.planner import plan_options
+from megatron_groupdpo.data.batches.sampler import GroupSampler
+from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
 from megatron_groupdpo.run.batches import BatchSource

@@ -22,17 +22,17 @@ import torch
 from record import RESULTS, machine
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.data.batch import build_batch
-from megatron_groupdpo.data.microbatches import build_microbatches
-from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.planner import Plan, PlanOptions, plan_batch, plan_units, plan_whole_groups
-from megatron_groupdpo.data.prepare import PreprocessOptions
-from megatron_groupdpo.data.preprocess import preprocess
-from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.data.tokenize import TokenizeOptions
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.batches.batch import build_batch
+from megatron_groupdpo.data.batches.microbatches import build_microbatches
+from megatron_groupdpo.data.batches.planner import Plan, PlanOptions, plan_batch, plan_units, plan_whole_groups
+from megatron_groupdpo.data.preprocess.partition import Partition
+from megatron_groupdpo.data.preprocess.pipeline import preprocess
+from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
+from megatron_groupdpo.data.store.reader import TokenStore
+from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.mcore.policy import resolved
-from megatron_groupdpo.run.flops import attention_cost, step_flops
+from megatron_groupdpo.run.logs.flops import attention_cost, step_flops
 from megatron_groupdpo.types import GroupBatch, ResponseRow
 
 LLAMA_1B = ModelConfig(

@@ -28,12 +28,12 @@ import transformers
 from demo_seeds import RESULTS, ROOT, machine
 
 from megatron_groupdpo.data import counts as why
-from megatron_groupdpo.data.files import read_records
-from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.prepare import PreprocessOptions
+from megatron_groupdpo.data.files.reader import read_records
+from megatron_groupdpo.data.preprocess.partition import Partition
+from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
 from megatron_groupdpo.data.schemas import SchemaOptions, choose_schema
-from megatron_groupdpo.data.tokenize import TokenizeOptions
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 
 VOCAB_SIZE = 8000
 
@@ -153,7 +153,7 @@ def bare(options: TokenizerOptions, texts: list[str]) -> tuple[float, int]:
 def run(source: Path, options: PreprocessOptions, workers: int, output: Path) -> tuple[float, float, Any]:
     """Processor seconds of this process and its workers, wall seconds, and the counts."""
     # Here, because worker processes import this file and need nothing of what this brings in.
-    from megatron_groupdpo.data.preprocess import preprocess
+    from megatron_groupdpo.data.preprocess.pipeline import preprocess
 
     cpu, wall = processor_seconds(), time.perf_counter()
     report = preprocess([str(source)], output, options, workers=workers)

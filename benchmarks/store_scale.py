@@ -30,9 +30,9 @@ from demo_seeds import RESULTS, ROOT, machine
 OPEN = """
 import json, resource, sys, time
 import numpy as np
-from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
-from megatron_groupdpo.data.sampler import GroupSampler
-from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
+from megatron_groupdpo.data.batches.sampler import GroupSampler
+from megatron_groupdpo.data.store.reader import TokenStore
 def own_mb():  # without the pages of mapped files, which the system takes back at will
     fields = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
     return int(fields["RssAnon"].split()[0]) / 1024, int(fields["VmRSS"].split()[0]) / 1024
@@ -174,9 +174,8 @@ def train_tokenizer(path: Path) -> None:
 
 def write_store(path: Path, num_groups: int) -> None:
     """Groups of 2 responses through the store writer, a block of many at once."""
-    from megatron_groupdpo.data.blocks import GroupBlock
-    from megatron_groupdpo.data.store_writer import StoreIdentity, StoreWriter
-    from megatron_groupdpo.data.work_folder import whole_folder
+    from megatron_groupdpo.data.preprocess.work_folder import whole_folder
+    from megatron_groupdpo.data.store.writer import GroupBlock, StoreIdentity, StoreWriter
 
     identity = StoreIdentity(tokenizer={"digest": "none", "vocab_size": 50_000}, options={})
     with whole_folder(path, overwrite=False) as folder:

@@ -1,4 +1,4 @@
-"""What the step needs of a model: two passes over microbatches. ``mcore.engine`` implements it on Megatron-Core."""
+"""What the step needs of a model: two passes over microbatches. ``mcore.passes.engine`` does it on Megatron-Core."""
 
 from __future__ import annotations
 

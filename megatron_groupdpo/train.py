@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_groupdpo.config import load_config, validate
-from megatron_groupdpo.convert.model_section import complete_model_section
+from megatron_groupdpo.convert.hf.model_section import complete_model_section
 from megatron_groupdpo.entry import run_entry
 
 

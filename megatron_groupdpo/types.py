@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
+
+from megatron_groupdpo.lazy_torch import torch
 
 POSITIVE, NEGATIVE, PADDING = 1, -1, 0
 """Labels of a response inside a group; 0 marks a cell of a padded [G, K] array that holds no response."""
@@ -154,14 +155,6 @@ class GroupBatch:
         index_GK = self.flat_index_GK.to(per_response_R.device)
         gathered_GK = per_response_R[index_GK.clamp_min(0)]
         return torch.where(index_GK >= 0, gathered_GK, torch.full_like(gathered_GK, fill))
-
-    def to_flat(self, per_cell_GK: torch.Tensor) -> torch.Tensor:
-        """Inverse of :meth:`to_groups`: the [R] vector of the cells that hold a response."""
-        index_GK = self.flat_index_GK.to(per_cell_GK.device)
-        flat_R = per_cell_GK.new_zeros(self.num_responses)
-        held_GK = index_GK >= 0
-        flat_R[index_GK[held_GK]] = per_cell_GK[held_GK]
-        return flat_R
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -183,7 +183,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from megatron_groupdpo.convert.hub import model_folder
+    from megatron_groupdpo.convert.hf.hub import model_folder
     from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf, prepare_import
 
     options = ImportOptions(
@@ -231,8 +231,8 @@ def _export(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from megatron_groupdpo.config import PrecisionConfig
     from megatron_groupdpo.convert import verify
-    from megatron_groupdpo.convert.hf_model import open_hf_model
-    from megatron_groupdpo.convert.hub import model_folder
+    from megatron_groupdpo.convert.hf.hub import model_folder
+    from megatron_groupdpo.convert.hf.model import open_hf_model
 
     parallel = _layout(args)
     source = open_hf_model(model_folder(args.hf))

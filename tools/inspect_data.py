@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from megatron_groupdpo.data import inspect_show as show
-from megatron_groupdpo.data.inspect_pass import Records, inspect_records, inspect_store, num_looked_at
-from megatron_groupdpo.data.inspect_report import report
-from megatron_groupdpo.data.inspect_verify import store_bytes, verify_store
+from megatron_groupdpo.data.inspect import show
+from megatron_groupdpo.data.inspect.inspection import Records, inspect_records, inspect_store, num_looked_at
+from megatron_groupdpo.data.inspect.report import report
+from megatron_groupdpo.data.inspect.verify import store_bytes, verify_store
 from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions
 from megatron_groupdpo.data.schemas.fields import weights_from
-from megatron_groupdpo.data.store_format import META, read_meta
-from megatron_groupdpo.data.tokenizer import Tokenizer, TokenizerOptions
+from megatron_groupdpo.data.store.format import META, read_meta
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_groupdpo.data.store import TokenStore
+    from megatron_groupdpo.data.store.reader import TokenStore
 
 EXAMPLE = """\
 examples:
@@ -128,7 +128,7 @@ def _store_folder(args: argparse.Namespace) -> Path | None:
 
 
 def _stats(args: argparse.Namespace, folder: Path | None) -> None:
-    from megatron_groupdpo.data.inspect_plot import check_plot_name, plot_inspection
+    from megatron_groupdpo.data.inspect.plot import check_plot_name, plot_inspection
 
     if args.plot is not None:
         check_plot_name(args.plot)
@@ -196,7 +196,7 @@ def _verify(args: argparse.Namespace, folder: Path | None) -> None:
 
 def _open(args: argparse.Namespace, folder: Path, *, must_decode: bool) -> tuple[TokenStore, Tokenizer | None, str]:
     """The store, its tokenizer, and why there is none."""
-    from megatron_groupdpo.data.store import TokenStore  # imports Megatron, which takes seconds
+    from megatron_groupdpo.data.store.reader import TokenStore  # imports Megatron, which takes seconds
 
     store = TokenStore.open(folder)
     options = None

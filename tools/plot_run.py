@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_groupdpo.entry import run_entry
-from megatron_groupdpo.run.plots import plot_run
+from megatron_groupdpo.run.logs.plots import plot_run
 
 
 def main() -> None:

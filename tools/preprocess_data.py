@@ -11,13 +11,14 @@ from typing import get_args
 
 from tqdm import tqdm
 
-from megatron_groupdpo.data import partition, tokenize
 from megatron_groupdpo.data.counts import summary_table
-from megatron_groupdpo.data.files import count_records, expand_inputs
-from megatron_groupdpo.data.prepare import PreprocessOptions
+from megatron_groupdpo.data.files.reader import count_records, expand_inputs
+from megatron_groupdpo.data.preprocess import partition
+from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
 from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions
 from megatron_groupdpo.data.schemas.fields import weights_from
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.text import tokenize
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import UserError
 
 EXAMPLE = """\
@@ -176,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     # Here, because worker processes import this file and need nothing of what this brings in.
-    from megatron_groupdpo.data.preprocess import Listeners, preprocess
+    from megatron_groupdpo.data.preprocess.pipeline import Listeners, preprocess
 
     options = PreprocessOptions(
         tokenizer=TokenizerOptions(

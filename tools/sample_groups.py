@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError, DataError, UserError
 from megatron_groupdpo.online.problems import read_problems
@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Sample on this launch's ranks, write on one."""
     args = parse()
-    from megatron_groupdpo.mcore.checkpoint import find_checkpoint, read_common
+    from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common
     from megatron_groupdpo.mcore.generate import SamplingOptions
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.config.fp8 import length_multiple
-from megatron_groupdpo.config.mixture import expert_ranks_problems
-from megatron_groupdpo.data.planner import plan_options
-from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.config.rules.mixture import expert_ranks_problems
+from megatron_groupdpo.data.batches.planner import plan_options
+from megatron_groupdpo.data.store.reader import TokenStore
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError
 

@@ -10,8 +10,9 @@ from megatron_groupdpo.config.derived import (
     train_iters,
 )
 from megatron_groupdpo.config.load import load_config, to_yaml
-from megatron_groupdpo.config.machine_sections import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.config.run_sections import (
+from megatron_groupdpo.config.rules.validate import validate
+from megatron_groupdpo.config.sections.machine import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config.sections.run import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
@@ -19,8 +20,7 @@ from megatron_groupdpo.config.run_sections import (
     OptimizerConfig,
     TrainingConfig,
 )
-from megatron_groupdpo.config.train_config import TrainConfig
-from megatron_groupdpo.config.validate import validate
+from megatron_groupdpo.config.sections.train_config import TrainConfig
 
 __all__ = [
     "CheckpointConfig",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from megatron_groupdpo.config.run_sections import ObjectiveConfig
-from megatron_groupdpo.config.train_config import TrainConfig
+from megatron_groupdpo.config.sections.run import ObjectiveConfig
+from megatron_groupdpo.config.sections.train_config import TrainConfig
 from megatron_groupdpo.objectives import OBJECTIVES, hyperparameter_names
 
 _HYPERPARAMETERS = frozenset(name for objective in OBJECTIVES for name in hyperparameter_names(objective))

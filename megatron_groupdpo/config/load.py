@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from megatron_groupdpo.config.convert import convert
+from megatron_groupdpo.config.coerce import coerce
 from megatron_groupdpo.config.flags import parse_flags
 from megatron_groupdpo.config.options import did_you_mean, nearest, options, sections
-from megatron_groupdpo.config.train_config import TrainConfig
+from megatron_groupdpo.config.sections.train_config import TrainConfig
 from megatron_groupdpo.errors import ConfigError
 
 type Given = dict[tuple[str, str], Any]
@@ -44,7 +44,7 @@ def load[C](
     given = read_yaml(config_class, Path(path)) if path is not None else {}
     for option in options(config_class):
         if option.name in flags:
-            value = convert(flags[option.name], option.hint, where=option.flag, choices=option.choices)
+            value = coerce(flags[option.name], option.hint, where=option.flag, choices=option.choices)
             given[option.section, option.name] = value
     given = complete(given)
     missing = [o for o in options(config_class) if o.required and (o.section, o.name) not in given]
@@ -87,7 +87,7 @@ def read_yaml(config_class: type, path: Path) -> dict[tuple[str, str], Any]:
                 option = next((o for o in options(config_class) if (o.section, o.name) == (section, name)), None)
                 if option is None:
                     raise ConfigError(f"{path}:{line}: {_unknown_key(config_class, section, name)}")
-                given[section, name] = convert(
+                given[section, name] = coerce(
                     loader.construct_object(node, deep=True),
                     option.hint,
                     where=f"{path}:{line}: {name!r} in {section!r}",
@@ -131,11 +131,11 @@ def _unknown_section(config_class: type, section: str) -> str:
 
 def _unknown_key(config_class: type, section: str, name: str) -> str:
     """The message for a key that its section does not have."""
-    said = f"unknown key {name!r} in {section!r}"
+    message = f"unknown key {name!r} in {section!r}"
     owners = {option.name: option.section for option in options(config_class)}
     if name in owners:
-        return f"{said}; it belongs in section {owners[name]!r}."
+        return f"{message}; it belongs in section {owners[name]!r}."
     own = [known for known, owner in owners.items() if owner == section]
     if not nearest(name, own) and (close := nearest(name, owners)):
-        return f"{said}; did you mean {close!r} in section {owners[close]!r}?"
-    return said + did_you_mean(name, own, otherwise=f"; its keys are: {', '.join(own)}.")
+        return f"{message}; did you mean {close!r} in section {owners[close]!r}?"
+    return message + did_you_mean(name, own, otherwise=f"; its keys are: {', '.join(own)}.")

@@ -14,22 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert import tokenizers
-from megatron_groupdpo.convert.agreement import on_first_rank
 from megatron_groupdpo.convert.families import Family, family_for_export, family_named
 from megatron_groupdpo.convert.folders import check_target, new_folder
-from megatron_groupdpo.convert.hf_model import CONFIG, GENERATION_CONFIG, model_of_config
+from megatron_groupdpo.convert.hf import tokenizers
+from megatron_groupdpo.convert.hf.files import byte_bar
+from megatron_groupdpo.convert.hf.model import CONFIG, GENERATION_CONFIG, model_of_config
+from megatron_groupdpo.convert.hf.shards import write_json, write_shards
+from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.importing import DTYPES
-from megatron_groupdpo.convert.plan import Key, Pair, conversion_plan
-from megatron_groupdpo.convert.progress import byte_bar
-from megatron_groupdpo.convert.shard_files import write_json, write_shards
-from megatron_groupdpo.convert.tokenizers import ModelTokenizer
-from megatron_groupdpo.convert.weights import NOT_THE_WEIGHTS
-from megatron_groupdpo.convert.whole_tensors import checkpoint_tensors, gathered_tensors
-from megatron_groupdpo.data.tokenizer import Tokenizer
+from megatron_groupdpo.convert.tensors.plan import Key, Pair, conversion_plan
+from megatron_groupdpo.convert.weights.loading import NOT_THE_WEIGHTS
+from megatron_groupdpo.convert.weights.whole_tensors import checkpoint_tensors, gathered_tensors
+from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.errors import ConfigError
-from megatron_groupdpo.mcore.checkpoint import find_checkpoint, read_common, weights_dtype
+from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common, weights_dtype
 from megatron_groupdpo.mcore.policy import Policy, model_identity
+from megatron_groupdpo.processes import on_first_rank
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -243,9 +243,9 @@ def choose_form(model: ModelConfig, options: ExportOptions, kept: Mapping[str, A
     """
     if options.dtype not in ("keep", *DTYPES):
         raise ConfigError(f"--dtype must be one of keep, {', '.join(DTYPES)}, got {options.dtype!r}")
-    said: Mapping[str, Any] = kept or {}
-    texts = said.get("texts", {})
-    generation = said.get("generation_config")
+    kept_files: Mapping[str, Any] = kept or {}
+    texts = kept_files.get("texts", {})
+    generation = kept_files.get("generation_config")
     if kept is not None and options.family in (None, kept["family"]):
         family = family_named(kept["family"])
         before = model_identity(model_of_config(family, kept["config"]))

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from megatron_groupdpo.convert.agreement import on_first_rank, together
 from megatron_groupdpo.errors import CheckpointError
+from megatron_groupdpo.processes import errors_reach_all_ranks, on_first_rank
 
 
 def check_target(target: Path, *, overwrite: bool, marker: str, source: Path | None) -> None:
@@ -75,7 +75,7 @@ def new_folder_of_all_ranks(target: Path, *, overwrite: bool, marker: str, sourc
     with ExitStack() as stack:
         new = new_folder(target, overwrite=overwrite, marker=marker, source=source)
         partial = on_first_rank(lambda: stack.enter_context(new))
-        with together():
+        with errors_reach_all_ranks():
             yield partial
         on_first_rank(stack.close)
 

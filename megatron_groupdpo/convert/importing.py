@@ -12,17 +12,18 @@ import torch
 import yaml
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.convert import tokenizers
-from megatron_groupdpo.convert.agreement import on_first_rank, together
 from megatron_groupdpo.convert.folders import check_target, new_folder_of_all_ranks
-from megatron_groupdpo.convert.hf_model import CONFIG, GENERATION_CONFIG, HfModel, open_hf_model
-from megatron_groupdpo.convert.tokenizers import ModelTokenizer
-from megatron_groupdpo.convert.weights import fill_on_all_ranks, with_vocabulary_padding
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.convert.hf import tokenizers
+from megatron_groupdpo.convert.hf.model import CONFIG, GENERATION_CONFIG, HfModel, open_hf_model
+from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
+from megatron_groupdpo.convert.weights.loading import fill_on_all_ranks, with_vocabulary_padding
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError
-from megatron_groupdpo.mcore.checkpoint import TRACKER, Progress, save_checkpoint
+from megatron_groupdpo.mcore.checkpoint.folders import TRACKER, Progress
+from megatron_groupdpo.mcore.checkpoint.training import save_checkpoint
 from megatron_groupdpo.mcore.policy import build_policy, model_identity
 from megatron_groupdpo.mcore.setup import Ranks
+from megatron_groupdpo.processes import errors_reach_all_ranks, on_first_rank
 
 MODEL_YAML = "model.yaml"
 """The checkpoint's model section, to be put into a run's configuration."""
@@ -68,7 +69,7 @@ def import_hf(
         CheckpointError: something is wrong with the folder, or the output cannot be made.
         DataError: the tokenizer does not fit.
     """
-    with together():
+    with errors_reach_all_ranks():
         source, model, tokenizer = prepare_import(folder, output, options)
     bf16 = options.dtype == "bf16" or (options.dtype == "keep" and source.dtype == torch.bfloat16)
     policy = build_policy(

@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.convert import tokenizers
-from megatron_groupdpo.convert.agreement import together
-from megatron_groupdpo.convert.hf_model import HfModel, is_hf_folder, open_hf_model
-from megatron_groupdpo.convert.hub import is_hub_name, model_folder
+from megatron_groupdpo.convert.hf import tokenizers
+from megatron_groupdpo.convert.hf.hub import is_hub_name, model_folder
+from megatron_groupdpo.convert.hf.model import HfModel, is_hf_folder, open_hf_model
 from megatron_groupdpo.convert.importing import kept_of
-from megatron_groupdpo.convert.weights import check_same_model, fill_on_all_ranks
-from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.convert.weights.loading import check_same_model, fill_on_all_ranks
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
 from megatron_groupdpo.errors import CheckpointError
-from megatron_groupdpo.mcore.checkpoint import check_same_model as check_same_checkpoint
-from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights, read_common
+from megatron_groupdpo.mcore.checkpoint.folders import check_same_model as check_same_checkpoint
+from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common
+from megatron_groupdpo.mcore.checkpoint.training import load_weights
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy, model_identity
+from megatron_groupdpo.processes import errors_reach_all_ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,20 +52,22 @@ class StartWeights:
         """What is kept of the Hugging Face model the weights come from, for an export; None: there is none."""
         return read_common(self.folder)["config"].get("hugging_face") if self.hf is None else kept_of(self.hf)
 
-    def check_tokenizer(self, said: dict[str, Any]) -> None:
+    def check_tokenizer(self, recorded: dict[str, Any]) -> None:
         """Refuse a Hugging Face model whose tokenizer is not the one that the data were made with.
 
         Tokenizers of two kinds cannot be compared; those are left alone.
         """
-        if self.hf is None or said["kind"] != "HuggingFaceTokenizer" or not tokenizers.has_tokenizer(self.folder):
+        if self.hf is None or recorded["kind"] != "HuggingFaceTokenizer" or not tokenizers.has_tokenizer(self.folder):
             return
         own = load_tokenizer(
-            TokenizerOptions(kind=said["kind"], model=str(self.folder.resolve()), chat_template=said["chat_template"])
+            TokenizerOptions(
+                kind=recorded["kind"], model=str(self.folder.resolve()), chat_template=recorded["chat_template"]
+            )
         )
-        if own.digest != said["digest"]:
+        if own.digest != recorded["digest"]:
             raise CheckpointError(
-                f"{self.folder} has a tokenizer of digest {own.digest[:16]}, the data were made with {said['model']} "
-                f"({said['digest'][:16]}); preprocess with the model's tokenizer"
+                f"{self.folder} has a tokenizer of digest {own.digest[:16]}, the data were made with "
+                f"{recorded['model']} ({recorded['digest'][:16]}); preprocess with the model's tokenizer"
             )
 
 
@@ -79,7 +82,7 @@ def find_weights(path: str, *, bare: bool = True) -> StartWeights:
         CheckpointError: neither is there, or it is broken.
         ConfigError: a Hugging Face model that cannot be converted.
     """
-    with together():
+    with errors_reach_all_ranks():
         folder = model_folder(path, bare=bare)
         if is_hub_name(path, bare=bare) or is_hf_folder(folder):
             return StartWeights(folder=folder, hf=open_hf_model(folder))

@@ -20,13 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-from megatron_groupdpo.convert import tokenizers
-from megatron_groupdpo.convert.agreement import together
-from megatron_groupdpo.convert.hf_model import HfModel
-from megatron_groupdpo.convert.weights import check_same_model, fill_on_all_ranks
+from megatron_groupdpo.convert.hf import tokenizers
+from megatron_groupdpo.convert.hf.model import HfModel
+from megatron_groupdpo.convert.weights.loading import check_same_model, fill_on_all_ranks
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks
+from megatron_groupdpo.processes import errors_reach_all_ranks
 from megatron_groupdpo.types import Microbatch
 
 TOLERANCE = 1e-4
@@ -139,7 +139,7 @@ def verify_on_layout(
     """
     rounded = False
     theirs, limits = None, (TOLERANCE if tolerance is None else tolerance, None)
-    with together():
+    with errors_reach_all_ranks():
         if ranks.is_logger:
             theirs = transformers_logprobs(source.folder, sequences)
             if precision.bf16 and tolerance is None:
@@ -293,10 +293,10 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def write_report(file: Path, comparison: Comparison, **said: Any) -> None:
+def write_report(file: Path, comparison: Comparison, **facts: Any) -> None:
     """The comparison as JSON, with what was compared."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**said, **asdict(comparison)}, indent=2) + "\n")
+    file.write_text(json.dumps({**facts, **asdict(comparison)}, indent=2) + "\n")
 
 
 def describe(comparison: Comparison) -> str:

@@ -74,11 +74,6 @@ def _on_host(factory: Any) -> Any:
     return build
 
 
-def is_active() -> bool:
-    """Whether the stand-in is in force in this process."""
-    return _active
-
-
 def activate() -> None:
     """Put the stand-in in force for the rest of the process. Calling it again does nothing."""
     global _active

@@ -11,19 +11,20 @@ from typing import Any
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.config.mixture import check_mixture
-from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights, read_common
-from megatron_groupdpo.mcore.cuda_graphs import layer_graphs
-from megatron_groupdpo.mcore.digest import count_parameters, weights_digest
-from megatron_groupdpo.mcore.engine import MegatronEngine
-from megatron_groupdpo.mcore.fp8 import TwoPassScaling
-from megatron_groupdpo.mcore.fp8_weights import full_weights, keep_in_fp8
-from megatron_groupdpo.mcore.init import initialize_weights
-from megatron_groupdpo.mcore.kernels import check_kernels, choose_transformer_impl
-from megatron_groupdpo.mcore.logprobs import choose_fused
-from megatron_groupdpo.mcore.model import build_model, transformer_config, wrap_for_inference, wrap_for_training
+from megatron_groupdpo.config.rules.mixture import check_mixture
+from megatron_groupdpo.mcore.checkpoint.digest import count_parameters, weights_digest
+from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common
+from megatron_groupdpo.mcore.checkpoint.training import load_weights
+from megatron_groupdpo.mcore.fp8.passes import TwoPassScaling
+from megatron_groupdpo.mcore.fp8.state import TransformerEngineState, fuse_weight_gradients
+from megatron_groupdpo.mcore.fp8.weights import full_weights, keep_in_fp8
+from megatron_groupdpo.mcore.model.build import build_model, transformer_config, wrap_for_inference, wrap_for_training
+from megatron_groupdpo.mcore.model.implementation import check_kernels, choose_transformer_impl
+from megatron_groupdpo.mcore.model.init import initialize_weights
+from megatron_groupdpo.mcore.passes.cuda_graphs import layer_graphs
+from megatron_groupdpo.mcore.passes.engine import MegatronEngine
+from megatron_groupdpo.mcore.passes.logprobs import choose_fused
 from megatron_groupdpo.mcore.setup import Ranks
-from megatron_groupdpo.mcore.te_fp8 import TransformerEngineState, fuse_weight_gradients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

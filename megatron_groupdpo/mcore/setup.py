@@ -166,7 +166,7 @@ def shut_down() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     if "transformer_engine" in sys.modules:
-        from megatron_groupdpo.mcore.te_fp8 import forget_models
+        from megatron_groupdpo.mcore.fp8.state import forget_models
 
         forget_models()
     parallel_state.destroy_model_parallel()

@@ -16,12 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_groupdpo.errors import UserError
+from megatron_groupdpo.lazy_torch import torch
 from megatron_groupdpo.objectives.base import Groups, Objective, make_groups
 from megatron_groupdpo.objectives.keys import group_keys
 from megatron_groupdpo.objectives.registry import (
@@ -30,6 +28,9 @@ from megatron_groupdpo.objectives.registry import (
     hyperparameter_names,
     hyperparameters_for,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = [
     "OBJECTIVES",
@@ -297,7 +298,7 @@ def _prepare(
     """Checked groups, on the device of the labels, and the objective's settings."""
     settings = hyperparameters_for(description.name, hyperparameters)
     for argument, tensor in (("labels_GK", labels_GK), ("values_GK", values_GK), ("scores_GK", scores_GK)):
-        if tensor is not None and not isinstance(tensor, Tensor):
+        if tensor is not None and not isinstance(tensor, torch.Tensor):
             raise UserError(f"{argument} must be a torch.Tensor, not {type(tensor).__name__}; use torch.as_tensor.")
     if scores_GK is not None:
         if scores_GK.shape != labels_GK.shape:

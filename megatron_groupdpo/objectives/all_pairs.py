@@ -7,7 +7,7 @@ Source: GroupDPO, arXiv 2604.15602. With label smoothing each ``-log sigma`` is 
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.objectives.base import (
     Groups,
@@ -19,6 +19,9 @@ from megatron_groupdpo.objectives.base import (
     mean_over_pairs,
     preference_loss,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def all_pairs_loss(scores_GK: Tensor, groups: Groups, hyperparameters: PairwiseHyperparameters) -> Tensor:

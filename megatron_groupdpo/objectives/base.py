@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING, Any
 
 from megatron_groupdpo.errors import ConfigError, UserError
+from megatron_groupdpo.lazy_torch import torch
 from megatron_groupdpo.types import NEGATIVE, PADDING, POSITIVE
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +187,11 @@ def has_distinct_values(groups: Groups) -> Tensor:
 
 
 # Reductions over the responses of a group. Every group must have a response under the mask.
+
+
+def logsigmoid(x: Tensor) -> Tensor:
+    """``log sigma(x)``, without overflow on either side."""
+    return torch.nn.functional.logsigmoid(x)
 
 
 def masked_logsumexp(scores_GK: Tensor, mask_GK: Tensor) -> Tensor:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from megatron_groupdpo.errors import ConfigError, UserError
 from megatron_groupdpo.objectives.base import (
@@ -24,6 +22,9 @@ from megatron_groupdpo.objectives.base import (
     ranks,
 )
 from megatron_groupdpo.objectives.keys import draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

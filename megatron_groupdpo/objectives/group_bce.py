@@ -8,17 +8,20 @@ Separable: c_i depends on s_i alone. Source: binary cross-entropy on the implici
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
+from megatron_groupdpo.lazy_torch import torch
 from megatron_groupdpo.objectives.base import (
     Groups,
     NoHyperparameters,
     Objective,
     all_members,
     has_both_sides,
+    logsigmoid,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def group_bce_terms(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.objectives.base import (
@@ -20,6 +19,9 @@ from megatron_groupdpo.objectives.base import (
     has_distinct_values,
     valued_members,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.objectives.base import (
@@ -21,6 +20,9 @@ from megatron_groupdpo.objectives.base import (
     has_both_sides,
     mean_over_pairs,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
+
+from megatron_groupdpo.lazy_torch import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLY_1 = 0xBF58476D1CE4E5B9 - 2**64

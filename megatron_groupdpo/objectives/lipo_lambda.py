@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING, Literal
 
 from megatron_groupdpo.errors import ConfigError, UserError
+from megatron_groupdpo.lazy_torch import torch
 from megatron_groupdpo.objectives.base import (
     Groups,
     Objective,
     differences,
     has_distinct_values,
+    logsigmoid,
     ranks,
     valued_members,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ whole group's order being flipped with probability e.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.objectives.base import (
     Groups,
@@ -20,6 +20,9 @@ from megatron_groupdpo.objectives.base import (
     masked_mean,
     preference_loss,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def margin_loss(scores_GK: Tensor, groups: Groups, hyperparameters: PairwiseHyperparameters) -> Tensor:

@@ -8,8 +8,7 @@ Source: GroupDPO, arXiv 2604.15602; the unweighted form of arXiv 2412.04628.
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.objectives.base import (
     Groups,
@@ -18,8 +17,12 @@ from megatron_groupdpo.objectives.base import (
     above_best_negative,
     all_members,
     has_both_sides,
+    logsigmoid,
     masked_logsumexp,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def mpo_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:

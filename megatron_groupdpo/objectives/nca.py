@@ -7,11 +7,13 @@ Separable: c_i depends on s_i alone. K counts the responses that have a value. S
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
-from megatron_groupdpo.objectives.base import Groups, Objective, has_distinct_values, valued_members
+from megatron_groupdpo.objectives.base import Groups, Objective, has_distinct_values, logsigmoid, valued_members
 from megatron_groupdpo.objectives.info_nca import ValueSoftmaxHyperparameters, target_distribution
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def nca_terms(scores_GK: Tensor, groups: Groups, hyperparameters: ValueSoftmaxHyperparameters) -> Tensor:

@@ -9,8 +9,7 @@ of their tie keys, then of their columns. Labels are not read (they choose the r
 from __future__ import annotations
 
 import math
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.objectives.base import (
     Groups,
@@ -21,6 +20,9 @@ from megatron_groupdpo.objectives.base import (
     ranks,
     valued_members,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def plackett_luce_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:

@@ -7,9 +7,12 @@ Separable, and without scores at all: no scoring pass, no reference. Negatives g
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.objectives.base import Groups, NoHyperparameters, Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def positives_only(groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:

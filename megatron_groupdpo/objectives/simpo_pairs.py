@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.objectives.base import (
@@ -24,6 +23,9 @@ from megatron_groupdpo.objectives.base import (
     mean_over_pairs,
     preference_loss,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

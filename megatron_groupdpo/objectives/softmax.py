@@ -7,8 +7,7 @@ Source: GroupDPO, arXiv 2604.15602.
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.objectives.base import (
     Groups,
@@ -17,9 +16,13 @@ from megatron_groupdpo.objectives.base import (
     above_best_negative,
     all_members,
     has_both_sides,
+    logsigmoid,
     masked_logsumexp,
     masked_mean,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def softmax_loss(scores_GK: Tensor, groups: Groups, hyperparameters: NoHyperparameters) -> Tensor:

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from megatron_groupdpo.errors import ConfigError
+from megatron_groupdpo.lazy_torch import torch
 from megatron_groupdpo.objectives.base import (
     Groups,
     NoHyperparameters,
@@ -25,6 +24,9 @@ from megatron_groupdpo.objectives.base import (
     valued_members,
 )
 from megatron_groupdpo.objectives.mpo import mpo_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_groupdpo.data.tokenizer import Tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.generate import SampledResponse, SamplingOptions, sample
 from megatron_groupdpo.mcore.policy import Policy

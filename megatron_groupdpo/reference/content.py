@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.data.store.reader import TokenStore
 from megatron_groupdpo.types import GroupSample
 
 HASH_WORDS = 2

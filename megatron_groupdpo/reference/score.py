@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_groupdpo.config.fp8 import precision_name
-from megatron_groupdpo.data.batch import build_batch
-from megatron_groupdpo.data.microbatches import build_microbatches
-from megatron_groupdpo.data.planner import PlanOptions, plan_batch
-from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.data.batches.batch import build_batch
+from megatron_groupdpo.data.batches.microbatches import build_microbatches
+from megatron_groupdpo.data.batches.planner import PlanOptions, plan_batch
+from megatron_groupdpo.data.store.reader import TokenStore
 from megatron_groupdpo.errors import DataError, UserError
 from megatron_groupdpo.mcore.policy import Policy
 from megatron_groupdpo.mcore.setup import Ranks

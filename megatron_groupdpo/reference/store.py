@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.data.store.reader import TokenStore
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.reference.content import open_hashes, take_over
 

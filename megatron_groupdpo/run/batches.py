@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import pickle
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from dataclasses import dataclass, replace
+from types import TracebackType
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_groupdpo import objectives
-from megatron_groupdpo.data.batch import build_batch
-from megatron_groupdpo.data.dataset import GroupDataset
-from megatron_groupdpo.data.microbatches import build_microbatches
-from megatron_groupdpo.data.planner import PlanOptions, plan_batch, plan_whole_groups
-from megatron_groupdpo.data.sampler import Sampler
+from megatron_groupdpo.data.batches.batch import build_batch
+from megatron_groupdpo.data.batches.microbatches import build_microbatches
+from megatron_groupdpo.data.batches.planner import PlanOptions, plan_batch, plan_whole_groups
+from megatron_groupdpo.data.batches.sampler import Sampler
+from megatron_groupdpo.data.store.reader import GroupDataset
+from megatron_groupdpo.errors import UserError
+from megatron_groupdpo.processes import follow_parent
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.step.coefficients import LossOptions
+from megatron_groupdpo.tensors import to_device
 from megatron_groupdpo.types import GroupBatch, Microbatch
 
 
@@ -115,3 +125,159 @@ class BatchSource:
         if options.one_sided_nll and options.nll_coeff:
             used_GK = used_GK | objectives.nll_responses(options.objective, **given, **options.hyperparameters)
         return used_GK
+
+
+_AHEAD_PER_WORKER = 2
+
+
+class Prefetcher:
+    """The batches of a source one after the other; a context manager.
+
+    Args:
+        source: what to read.
+        num_workers: processes; 0 makes each batch when it is asked for.
+        num_groups: groups of a batch.
+        end: consumed groups at which the run ends: nothing after it is made.
+    """
+
+    def __init__(self, source: BatchSource, *, num_workers: int, num_groups: int, end: int) -> None:
+        self._source, self._num_groups, self._end = source, num_groups, end
+        self._ahead = _AHEAD_PER_WORKER * num_workers
+        self._pending: deque[tuple[int, Future[bytes]]] = deque()
+        self._pool: ProcessPoolExecutor | None = None
+        if num_workers:
+            # spawn: the parent has threads and may hold a GPU. The reference table is looked up here: it is one gather.
+            self._pool = ProcessPoolExecutor(
+                num_workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start,
+                initargs=(pickle.dumps(source.without_reference()),),
+            )
+
+    def batch(self, consumed_groups: int) -> PlannedBatch:
+        """The batch at a place in the order; its successors are begun.
+
+        Raises:
+            UserError: a worker process died; or what making the batch raises.
+        """
+        if self._pool is None:
+            return self._source.batch(consumed_groups, self._num_groups)
+        try:
+            self._submit(consumed_groups)
+            planned: PlannedBatch = pickle.loads(self._pending.popleft()[1].result())
+        except BrokenProcessPool as error:
+            raise UserError(
+                "a process that prepares batches died or could not start (what it printed is above), often for want of "
+                "memory; lower --num-workers (0: no such processes)"
+            ) from error
+        return self._source.with_reference(planned)
+
+    def _submit(self, consumed_groups: int) -> None:
+        """Have this place and some after it under way."""
+        assert self._pool is not None
+        if not self._pending or self._pending[0][0] != consumed_groups:
+            self._drop()
+        place = self._pending[-1][0] + self._num_groups if self._pending else consumed_groups
+        while not self._pending or (len(self._pending) <= self._ahead and place < self._end):
+            self._pending.append((place, self._pool.submit(_make, place, self._num_groups)))
+            place += self._num_groups
+
+    def _drop(self) -> None:
+        for _, future in self._pending:
+            future.cancel()
+        self._pending.clear()
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._drop()
+            # After an error nothing is waited for; the workers see this process end.
+            self._pool.shutdown(wait=kind is None, cancel_futures=True)
+
+
+_worker_source: BatchSource | None = None
+
+
+def _start(source: bytes) -> None:
+    global _worker_source
+    follow_parent()
+    _worker_source = pickle.loads(source)
+
+
+def _make(consumed_groups: int, num_groups: int) -> bytes:
+    assert _worker_source is not None
+    # Plain pickle, as bytes: torch would send every small tensor through a file descriptor of its own.
+    return pickle.dumps(_worker_source.batch(consumed_groups, num_groups))
+
+
+class DeviceFeed:
+    """The batches of a prefetcher, one after the other, with their microbatches and reference on ``device``.
+
+    On a GPU the copies go from pinned memory through a stream of their own.
+    """
+
+    def __init__(self, batches: Prefetcher, device: torch.device, *, end: int) -> None:
+        """``end``: consumed groups at which the run ends."""
+        self._batches, self._device, self._end = batches, device, end
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._next: tuple[int, PlannedBatch | Exception] | None = None
+
+    def batch(self, consumed_groups: int) -> PlannedBatch:
+        """The batch at a place in the order.
+
+        Raises:
+            UserError: what making it raised, also when that was ahead of time.
+        """
+        if self._next is None or self._next[0] != consumed_groups:
+            self._next = (consumed_groups, self._make(consumed_groups))
+        (_, made), self._next = self._next, None
+        if isinstance(made, Exception):
+            raise made
+        if self._stream is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_stream(self._stream)
+            for tensor in device_tensors(made):
+                tensor.record_stream(current)  # the allocator must not reuse it while the step reads it
+        return made
+
+    def prepare(self, consumed_groups: int) -> None:
+        """Begin the batch at this place: called with the passes of the one before already queued."""
+        if consumed_groups < self._end and self._next is None:
+            self._next = (consumed_groups, self._make(consumed_groups))
+
+    def _make(self, consumed_groups: int) -> PlannedBatch | Exception:
+        # Kept for when the batch is asked for: the step that is under way is still good, and may be saved.
+        try:
+            planned = self._batches.batch(consumed_groups)
+        except Exception as error:
+            return error
+        if self._stream is None:
+            return on_device(planned, self._device)
+        with torch.cuda.stream(self._stream):
+            return on_device(planned, self._device)
+
+
+def on_device(planned: PlannedBatch, device: torch.device) -> PlannedBatch:
+    """The batch with microbatches and reference log-probabilities on ``device``; the rest is read by the host."""
+    return replace(
+        planned,
+        microbatches=[microbatch.to(lambda tensor: to_device(tensor, device)) for microbatch in planned.microbatches],
+        ref_logps_R=to_device(planned.ref_logps_R, device),
+    )
+
+
+def device_tensors(planned: PlannedBatch) -> list[Tensor]:
+    """What :func:`on_device` moved."""
+    found = [planned.ref_logps_R]
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    for microbatch in planned.microbatches:
+        microbatch.to(note)
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +18,28 @@ from megatron_groupdpo.config import (
     train_iters,
 )
 from megatron_groupdpo.config.fp8 import precision_name, reference_precision
-from megatron_groupdpo.convert.hf_model import is_hf_folder
-from megatron_groupdpo.convert.hub import is_hub_name
+from megatron_groupdpo.convert.hf.hub import is_hub_name
+from megatron_groupdpo.convert.hf.model import is_hf_folder
 from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, load_any_policy
-from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
-from megatron_groupdpo.data.order import build_sampler
-from megatron_groupdpo.data.planner import plan_options
-from megatron_groupdpo.data.sampler import GroupSampler, Sampler
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.batches.planner import plan_options
+from megatron_groupdpo.data.batches.sampler import GroupSampler, Sampler, build_sampler
+from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
-from megatron_groupdpo.mcore.checkpoint import (
-    Progress,
-    find_checkpoint,
-    latest_iteration,
-    load_progress,
-    load_training,
-)
-from megatron_groupdpo.mcore.fp8_weights import reload_masters
-from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration
+from megatron_groupdpo.mcore.checkpoint.training import load_progress, load_training
+from megatron_groupdpo.mcore.fp8.weights import reload_masters
+from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks
-from megatron_groupdpo.mcore.swapped import SwappedReference, swapped_reference
 from megatron_groupdpo.reference.store import ReferenceLogProbs
+from megatron_groupdpo.reference.swapped import SwappedReference, swapped_reference
 from megatron_groupdpo.run.batches import BatchSource
 from megatron_groupdpo.run.checks import check_groups, check_outputs, check_source
-from megatron_groupdpo.run.flops import attention_cost
-from megatron_groupdpo.run.probe import probe_reference
+from megatron_groupdpo.run.logs.flops import attention_cost
+from megatron_groupdpo.run.parts import Run
+from megatron_groupdpo.run.proofs.reference import probe_reference
 from megatron_groupdpo.step.coefficients import LossOptions
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """Everything the loop uses."""
-
-    config: TrainConfig
-    ranks: Ranks
-    policy: Policy
-    reference_policy: Policy | SwappedReference | None
-    """A second model, or weights that take the policy's place, for ``reference: resident``."""
-    updater: Updater
-    progress: Progress
-    train: BatchSource
-    valid: BatchSource | None
-    loss: LossOptions
-    train_iters: int
-    starts_from_reference: bool
-    """At iteration 0 the policy has the reference's weights, so every score must be 0."""
-    weights_from: Path | None
-    """The checkpoint or Hugging Face folder that was loaded; none: seeded initial weights."""
-    tokenizer: dict[str, Any]
-    """The tokenizer of the data, as checkpoints record it for sampling and export."""
-    order: dict[str, Any]
-    """What the order of the data follows from; a resumed run must have the same."""
-    origin: dict[str, Any] | None
-    """What the import recorded of the Hugging Face model the weights come from; checkpoints pass it on to an export."""
 
 
 def build_run(config: TrainConfig, ranks: Ranks) -> Run:

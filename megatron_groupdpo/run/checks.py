@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from megatron_groupdpo import objectives
 from megatron_groupdpo.config import TrainConfig
-from megatron_groupdpo.data.dataset import GroupDataset
+from megatron_groupdpo.data.store.reader import GroupDataset
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
-from megatron_groupdpo.mcore.checkpoint import latest_iteration, read_common
-from megatron_groupdpo.run.logs import METRICS_FILE
+from megatron_groupdpo.mcore.checkpoint.folders import latest_iteration, read_common
+from megatron_groupdpo.run.logs.writer import METRICS_FILE
 
 
 def check_groups(dataset: GroupDataset, objective: str) -> None:

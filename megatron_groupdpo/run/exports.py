@@ -5,19 +5,19 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from megatron_groupdpo.convert import tokenizers
-from megatron_groupdpo.convert.agreement import together
 from megatron_groupdpo.convert.exporting import ExportOptions, choose_form, export_hf
 from megatron_groupdpo.convert.folders import check_target
-from megatron_groupdpo.convert.hf_model import CONFIG
-from megatron_groupdpo.convert.tokenizers import ModelTokenizer
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.convert.hf import tokenizers
+from megatron_groupdpo.convert.hf.model import CONFIG
+from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, DataError, UserError
-from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.processes import errors_reach_all_ranks
+from megatron_groupdpo.run.parts import Run
 
 
 class Exports:
-    """The exports of a run. What one fails with is said at once and raised at the end: training goes on."""
+    """The exports of a run. What one fails with is recorded at once and raised at the end: training goes on."""
 
     def __init__(self, run: Run) -> None:
         """Find what would fail, before the first step.
@@ -32,7 +32,7 @@ class Exports:
         self._folder = None if section.export_hf is None else Path(section.export_hf)
         if self._folder is None:
             return
-        with together():
+        with errors_reach_all_ranks():
             choose_form(run.policy.model, ExportOptions(), run.origin)
             # Only a run that goes on may replace: then the folder is what it wrote before it stopped.
             resumes = run.progress.iteration > 0
@@ -83,8 +83,8 @@ class Exports:
 
 def _tokenizer(run: Run) -> ModelTokenizer:
     """The data's tokenizer, which the exported model goes with."""
-    said = run.tokenizer
-    options = TokenizerOptions(kind=said["kind"], model=said["model"], chat_template=said["chat_template"])
+    recorded = run.tokenizer
+    options = TokenizerOptions(kind=recorded["kind"], model=recorded["model"], chat_template=recorded["chat_template"])
     try:
         return tokenizers.load_checked(options, run.policy.model)
     except DataError as error:

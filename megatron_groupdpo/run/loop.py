@@ -12,17 +12,17 @@ import torch.distributed as dist
 
 from megatron_groupdpo import objectives
 from megatron_groupdpo.config import to_yaml
-from megatron_groupdpo.mcore.checkpoint import Progress, save_checkpoint
-from megatron_groupdpo.run.batches import PlannedBatch
-from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.mcore.checkpoint.folders import Progress
+from megatron_groupdpo.mcore.checkpoint.training import save_checkpoint
+from megatron_groupdpo.run.batches import DeviceFeed, PlannedBatch, Prefetcher
 from megatron_groupdpo.run.exports import Exports
-from megatron_groupdpo.run.feed import DeviceFeed
-from megatron_groupdpo.run.flops import step_flops
-from megatron_groupdpo.run.logs import RunLogger
-from megatron_groupdpo.run.metrics import batch_metrics
-from megatron_groupdpo.run.prefetch import Prefetcher
-from megatron_groupdpo.run.profile import StepProfiler
-from megatron_groupdpo.run.proofs import (
+from megatron_groupdpo.run.logs.flops import step_flops
+from megatron_groupdpo.run.logs.metrics import batch_metrics
+from megatron_groupdpo.run.logs.profile import StepProfiler
+from megatron_groupdpo.run.logs.start_report import print_start
+from megatron_groupdpo.run.logs.writer import RunLogger
+from megatron_groupdpo.run.parts import Run
+from megatron_groupdpo.run.proofs.step import (
     calibrate_fp8,
     check_gradient,
     check_replicas,
@@ -31,7 +31,6 @@ from megatron_groupdpo.run.proofs import (
     reference_logps,
     verify_gradient,
 )
-from megatron_groupdpo.run.report import print_start
 from megatron_groupdpo.step.coefficients import group_loss
 from megatron_groupdpo.step.timers import StepTimers
 from megatron_groupdpo.step.train_step import accumulate_gradient
@@ -41,7 +40,7 @@ def train(run: Run) -> Progress:
     """Train to the end; where the run stands then.
 
     Raises:
-        UserError: one of the checks of :mod:`megatron_groupdpo.run.proofs` failed.
+        UserError: one of the checks of :mod:`megatron_groupdpo.run.proofs.step` failed.
     """
     logger = _open_logs(run) if run.ranks.is_logger else None
     size = run.config.training.global_batch_size

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from megatron_groupdpo import objectives
-from megatron_groupdpo.transfer import to_device
+from megatron_groupdpo.tensors import to_device
 from megatron_groupdpo.types import GroupBatch
 
 NllAverage = Literal["sum", "response", "batch-tokens"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_groupdpo.engine import Engine
 from megatron_groupdpo.step.coefficients import LossOptions, LossPlan, coupled_loss, plan_loss
-from megatron_groupdpo.transfer import to_device
+from megatron_groupdpo.tensors import to_device
 from megatron_groupdpo.types import GroupBatch, Microbatch
 
 
@@ -28,7 +28,7 @@ def accumulate_coupled_gradient(
 
     Args:
         engine: the model.
-        microbatches: of :func:`megatron_groupdpo.data.planner.plan_whole_groups`: no group is split.
+        microbatches: of :func:`megatron_groupdpo.data.batches.planner.plan_whole_groups`: no group is split.
         batch: the global batch.
         ref_logps_R: [R] float64.
         options: the loss.

@@ -12,7 +12,7 @@ from megatron_groupdpo import objectives
 from megatron_groupdpo.engine import Engine
 from megatron_groupdpo.step.coefficients import GroupLoss, LossOptions, LossPlan, group_loss, plan_loss
 from megatron_groupdpo.step.timers import NO_TIMERS, StepTimers
-from megatron_groupdpo.transfer import to_device
+from megatron_groupdpo.tensors import to_device
 from megatron_groupdpo.types import GroupBatch, Microbatch
 
 

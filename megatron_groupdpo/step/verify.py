@@ -1,8 +1,8 @@
 """Is the gradient of the two passes that of the loss? Compared on a few groups of the live batch (--verify-gradients).
 
 One side is the step's own path: planner, two passes, Megatron's reduction. The other is the coupled loss, one graph a
-group, its gradient summed without Megatron (:class:`megatron_groupdpo.mcore.gradient.PlainEngine`). They share the
-model's forward and its operators' backward, and what the data and the options say the loss is.
+group, its gradient summed without Megatron (:class:`megatron_groupdpo.mcore.passes.gradient.PlainEngine`). They share
+the model's forward and its operators' backward, and what the data and the options say the loss is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_groupdpo import objectives
-from megatron_groupdpo.data.planner import PlanOptions, microbatch_capacity, whole_group_tokens
+from megatron_groupdpo.data.batches.planner import PlanOptions, microbatch_capacity, whole_group_tokens
 from megatron_groupdpo.engine import GradientPiece
 from megatron_groupdpo.step.coefficients import LossOptions, objective_arguments
 from megatron_groupdpo.types import GroupBatch

@@ -10,10 +10,11 @@ from unittest import mock
 
 import torch
 
-from megatron_groupdpo.mcore import context_parallel, engine
-from megatron_groupdpo.mcore.engine import MegatronEngine
-from megatron_groupdpo.mcore.optimizer import Updater
-from megatron_groupdpo.run.build import Run
+from megatron_groupdpo.mcore.passes import engine
+from megatron_groupdpo.mcore.passes import engine as context_parallel
+from megatron_groupdpo.mcore.passes.engine import MegatronEngine
+from megatron_groupdpo.mcore.passes.optimizer import Updater
+from megatron_groupdpo.run.parts import Run
 from megatron_groupdpo.step import train_step
 
 Inject = Callable[[ExitStack, Run], object]

@@ -10,7 +10,7 @@ BLOCK = 8  # columns of a program: several, and the last one cut by the vocabula
 
 
 def small_blocks() -> None:
-    from megatron_groupdpo.mcore import logprobs_kernels
+    from megatron_groupdpo.mcore.passes import logprobs_kernels
 
     logprobs_kernels.BLOCK_COLUMNS = BLOCK
 
@@ -19,7 +19,7 @@ def both_forms(vocab_size: int, scale: float, dtype: str) -> list[list[np.ndarra
     """Values, hidden gradient and gradient of this rank's rows: plain, then fused; chunks of 4 tokens."""
     import torch.distributed as dist
 
-    from megatron_groupdpo.mcore.logprobs import selected_logprobs
+    from megatron_groupdpo.mcore.passes.logprobs import selected_logprobs
 
     dist.init_process_group("gloo")
     draw = torch.Generator().manual_seed(3)

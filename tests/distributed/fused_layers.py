@@ -19,15 +19,16 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.planner import plan_options
-from megatron_groupdpo.mcore import model as model_file
+from megatron_groupdpo.data.batches.planner import plan_options
 from megatron_groupdpo.mcore import policy as policy_file
-from megatron_groupdpo.mcore.attention import SdpaAttention
-from megatron_groupdpo.mcore.checkpoint import Progress, load_weights, save_checkpoint
-from megatron_groupdpo.mcore.norm import norm_class
+from megatron_groupdpo.mcore.checkpoint.folders import Progress
+from megatron_groupdpo.mcore.checkpoint.training import load_weights, save_checkpoint
+from megatron_groupdpo.mcore.model import build as model_file
+from megatron_groupdpo.mcore.model.attention import SdpaAttention
+from megatron_groupdpo.mcore.model.norm import norm_class
+from megatron_groupdpo.mcore.model.te_spec import LayerParts
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
-from megatron_groupdpo.mcore.te_spec import LayerParts
 from megatron_groupdpo.reference.score import score_groups
 
 _ROPE = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "add_bias_linear": False}

@@ -19,11 +19,11 @@ from layout_run import RankResult, run_case
 from megatron.core import parallel_state
 from two_pass_case import LOSS, Case, Runner, agreement, captured_against_layers, one_rank
 
-from megatron_groupdpo.data.microbatches import build_microbatches
-from megatron_groupdpo.data.planner import plan_whole_groups
-from megatron_groupdpo.mcore import model
+from megatron_groupdpo.data.batches.microbatches import build_microbatches
+from megatron_groupdpo.data.batches.planner import plan_whole_groups
 from megatron_groupdpo.mcore.generate import SamplingOptions, sample
-from megatron_groupdpo.mcore.gradient import PlainEngine
+from megatron_groupdpo.mcore.model import build as model
+from megatron_groupdpo.mcore.passes.gradient import PlainEngine
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
 
 GRAPHS: dict[str, Any] = {"cuda_graphs": True, "cuda_graph_length_multiple": 8, "cuda_graph_shapes": 4}

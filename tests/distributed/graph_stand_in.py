@@ -116,7 +116,7 @@ class Pool:
 
 
 class StandIn:
-    """A :class:`megatron_groupdpo.mcore.cuda_graphs.Capture`."""
+    """A :class:`megatron_groupdpo.mcore.passes.cuda_graphs.Capture`."""
 
     def __init__(self) -> None:
         self.pool = Pool()
@@ -225,7 +225,8 @@ def _capturing() -> Iterator[None]:
 @contextmanager
 def graphs_on_a_cpu(capture: Callable[[], Any] = StandIn) -> Iterator[None]:
     """Policies that ask for CUDA graphs have them, with this in place of PyTorch's."""
-    from megatron_groupdpo.mcore import cuda_graphs, policy
+    from megatron_groupdpo.mcore import policy
+    from megatron_groupdpo.mcore.passes import cuda_graphs
 
     with mock.patch.object(cuda_graphs, "make_capture", capture), mock.patch.object(policy, "check_kernels"):
         yield

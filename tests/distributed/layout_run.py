@@ -15,15 +15,14 @@ from group_samples import make_samples, reference_logps
 from layout_case import MODELS, SEQ_LENGTH, VOCAB_SIZE, LayoutCase
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.convert.megatron_names import tensor_key
-from megatron_groupdpo.data.planner import plan_options
-from megatron_groupdpo.data.sampler import GroupSampler
-from megatron_groupdpo.mcore.init import sharded_tensors
-from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
-from megatron_groupdpo.mcore.overlap import finish_param_gather
-from megatron_groupdpo.mcore.parts import unwrapped
+from megatron_groupdpo.convert.tensors.megatron_names import tensor_key
+from megatron_groupdpo.data.batches.planner import plan_options
+from megatron_groupdpo.data.batches.sampler import GroupSampler
+from megatron_groupdpo.mcore.model.init import sharded_tensors
+from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
+from megatron_groupdpo.mcore.weights import finish_param_gather, unwrapped
 from megatron_groupdpo.run.batches import BatchSource
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient

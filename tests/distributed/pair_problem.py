@@ -252,10 +252,10 @@ class ProblemFiles:
 
 def write_problem(root: Path) -> ProblemFiles:
     """Models, tokenizer, texts, and the token store that the package makes of the texts."""
-    from megatron_groupdpo.data.prepare import PreprocessOptions
-    from megatron_groupdpo.data.preprocess import preprocess
-    from megatron_groupdpo.data.tokenize import TokenizeOptions
-    from megatron_groupdpo.data.tokenizer import TokenizerOptions
+    from megatron_groupdpo.data.preprocess.pipeline import preprocess
+    from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
+    from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+    from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 
     files = ProblemFiles(root=root, store=root / "store", tokenizer=root / "tokenizer")
     for model in MODELS:
@@ -273,7 +273,7 @@ def write_problem(root: Path) -> ProblemFiles:
 
 def token_rows(store: Path) -> list[dict[str, list[int]]]:
     """The store's pairs, named as TRL names them after tokenization."""
-    from megatron_groupdpo.data.store import TokenStore
+    from megatron_groupdpo.data.store.reader import TokenStore
 
     rows = []
     opened = TokenStore.open(store)

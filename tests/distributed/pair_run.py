@@ -15,17 +15,17 @@ from pair_compare import Numbers
 from pair_problem import LOSS, ProblemFiles
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-from megatron_groupdpo.convert.hf_model import open_hf_model
-from megatron_groupdpo.convert.weights import load_hf_weights
-from megatron_groupdpo.data.planner import PlanOptions
-from megatron_groupdpo.data.sampler import GroupSampler
-from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.convert.hf.model import open_hf_model
+from megatron_groupdpo.convert.weights.loading import load_hf_weights
+from megatron_groupdpo.data.batches.planner import PlanOptions
+from megatron_groupdpo.data.batches.sampler import GroupSampler
+from megatron_groupdpo.data.store.reader import TokenStore
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
 from megatron_groupdpo.reference.score import score_store
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.run.batches import BatchSource
-from megatron_groupdpo.run.metrics import batch_metrics
+from megatron_groupdpo.run.logs.metrics import batch_metrics
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.step.train_step import StepResult, accumulate_gradient
 from megatron_groupdpo.types import GroupBatch, GroupSample

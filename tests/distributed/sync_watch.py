@@ -56,7 +56,7 @@ class SyncWatch(TorchDispatchMode):
         return reference is not None and not reference.expired()
 
     def __enter__(self) -> SyncWatch:
-        from megatron_groupdpo.mcore import engine
+        from megatron_groupdpo.mcore.passes import engine
         from megatron_groupdpo.step import coefficients, coupled, train_step
 
         for name in _READS:

@@ -19,10 +19,12 @@ from megatron.core.transformer.module import MegatronModule
 from te_patches import UNFUSED, gathered_bucket_by_bucket, its_optimizer, layers_allowed_on_a_cpu
 from two_pass_case import Case, Runner, agreement, one_rank
 
-from megatron_groupdpo.mcore import host_device, te_fp8
-from megatron_groupdpo.mcore.checkpoint import Progress, load_training, load_weights, save_checkpoint
-from megatron_groupdpo.mcore.digest import parameter_names
-from megatron_groupdpo.mcore.optimizer import optimizer_origin
+from megatron_groupdpo.mcore import host_device
+from megatron_groupdpo.mcore.checkpoint.digest import parameter_names
+from megatron_groupdpo.mcore.checkpoint.folders import Progress
+from megatron_groupdpo.mcore.checkpoint.training import load_training, load_weights, save_checkpoint
+from megatron_groupdpo.mcore.fp8 import state as te_fp8
+from megatron_groupdpo.mcore.passes.optimizer import optimizer_origin
 
 
 def both_specs(family: str, packed: bool) -> dict[str, float]:

@@ -12,7 +12,8 @@ import torch
 from two_pass_case import ATTENTION_VARIABLES
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.mcore import host_device, kernels
+from megatron_groupdpo.mcore import host_device
+from megatron_groupdpo.mcore.model import implementation as kernels
 
 UNFUSED = {"attention_backend": "unfused"}
 """Its attention that is written in PyTorch."""

@@ -13,12 +13,13 @@ from megatron.core.fp8_utils import is_float8tensor
 from te_patches import UNFUSED, gathered_bucket_by_bucket, layers_allowed_on_a_cpu
 from two_pass_case import Case, Runner, one_rank
 
-from megatron_groupdpo.convert.hf_model import is_hf_folder, open_hf_model
-from megatron_groupdpo.convert.weights import load_hf_weights
-from megatron_groupdpo.mcore.checkpoint import Progress, load_weights, save_checkpoint
-from megatron_groupdpo.mcore.digest import differing_replicas, parameter_names
-from megatron_groupdpo.mcore.fp8_weights import raw_parts, reload_masters
-from megatron_groupdpo.mcore.swapped import swapped_reference
+from megatron_groupdpo.convert.hf.model import is_hf_folder, open_hf_model
+from megatron_groupdpo.convert.weights.loading import load_hf_weights
+from megatron_groupdpo.mcore.checkpoint.digest import differing_replicas, parameter_names
+from megatron_groupdpo.mcore.checkpoint.folders import Progress
+from megatron_groupdpo.mcore.checkpoint.training import load_weights, save_checkpoint
+from megatron_groupdpo.mcore.fp8.weights import raw_parts, reload_masters
+from megatron_groupdpo.reference.swapped import swapped_reference
 
 
 def fp8_steps(

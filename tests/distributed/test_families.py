@@ -90,7 +90,7 @@ def microbatch_of(multiple: int, *, packed: bool, dp_rank: int = 0, dp_size: int
 
 
 def own_microbatch(ranks: Any, *, packed: bool) -> Any:
-    from megatron_groupdpo.data.microbatches import context_shard
+    from megatron_groupdpo.data.batches.microbatches import context_shard
 
     dp, cp = ranks.dp_group, ranks.cp_group
     microbatch = microbatch_of(4, packed=packed, dp_rank=dp.rank(), dp_size=dp.size())
@@ -100,8 +100,8 @@ def own_microbatch(ranks: Any, *, packed: bool) -> Any:
 def logprobs_on_rank(folders: Mapping[str, Path], layout: Mapping[str, Any], packed: bool) -> dict[str, Any]:
     """Log-probabilities under each family's model, one layout for all; None except on the last stage."""
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-    from megatron_groupdpo.convert.hf_model import open_hf_model
-    from megatron_groupdpo.convert.weights import load_hf_weights
+    from megatron_groupdpo.convert.hf.model import open_hf_model
+    from megatron_groupdpo.convert.weights.loading import load_hf_weights
     from megatron_groupdpo.mcore.policy import build_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
 
@@ -145,9 +145,9 @@ def gradients_on_rank(
     from layout_run import collect, gradients_in_place_of_weights
 
     from megatron_groupdpo.config import OptimizerConfig, ParallelConfig, PrecisionConfig
-    from megatron_groupdpo.convert.hf_model import open_hf_model
-    from megatron_groupdpo.convert.weights import load_hf_weights
-    from megatron_groupdpo.mcore.optimizer import build_optimizer
+    from megatron_groupdpo.convert.hf.model import open_hf_model
+    from megatron_groupdpo.convert.weights.loading import load_hf_weights
+    from megatron_groupdpo.mcore.passes.optimizer import build_optimizer
     from megatron_groupdpo.mcore.policy import build_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
 
@@ -207,7 +207,7 @@ def test_gradients_are_those_of_transformers(
 ):
     from layout_run import whole_tensors
 
-    from megatron_groupdpo.convert.hf_model import open_hf_model
+    from megatron_groupdpo.convert.hf.model import open_hf_model
 
     num_ranks, parallel, packed = (LAYOUTS | MIXTURE_LAYOUTS)[layout]
     chosen = {name: folders[name] for name in names}

@@ -49,7 +49,7 @@ def test_the_gradient_of_a_tensor_parallel_run_through_the_kernels_is_that_of_th
 
 def what_on_says_on_a_cpu() -> str:
     from megatron_groupdpo.errors import ConfigError
-    from megatron_groupdpo.mcore.logprobs import choose_fused
+    from megatron_groupdpo.mcore.passes.logprobs import choose_fused
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert not choose_fused("auto", cpu)

@@ -28,7 +28,7 @@ def start(tiny_data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A Hugging Face model with the tiny run's tokenizer size, in two files, and no tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from megatron_groupdpo.data.store import TokenStore
+    from megatron_groupdpo.data.store.reader import TokenStore
 
     vocab = int(TokenStore.open(tiny_data.store).meta["tokenizer"]["vocab_size"])
     config = decoder(
@@ -162,7 +162,7 @@ def test_a_file_that_one_rank_cannot_read_stops_all(pool: RankPool, start: Path,
 
 
 def cut_import_on_rank(source: Path, target: Path) -> tuple[str, str]:
-    from megatron_groupdpo.convert.hf_files import HfWeights
+    from megatron_groupdpo.convert.hf.files import HfWeights
     from megatron_groupdpo.errors import CheckpointError
 
     read, calls = HfWeights.read, [0]

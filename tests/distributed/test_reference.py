@@ -56,8 +56,8 @@ def score_on_rank(
 ) -> Outcome:
     """``score_store`` as the tool calls it; ``changes`` to the model that has the checkpoint's weights."""
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-    from megatron_groupdpo.data.planner import plan_options
-    from megatron_groupdpo.data.store import TokenStore
+    from megatron_groupdpo.data.batches.planner import plan_options
+    from megatron_groupdpo.data.store.reader import TokenStore
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.reference.score import score_store
@@ -153,7 +153,7 @@ def test_a_grown_store_runs_only_what_is_new(
     groups_per_batch: int,
     same_microbatches: bool,
 ):
-    from megatron_groupdpo.data.store import TokenStore
+    from megatron_groupdpo.data.store.reader import TokenStore
 
     ten, fifteen = TokenStore.open(tiny_data.store), TokenStore.open(grown)
     old, new = ten.num_responses, fifteen.num_responses - ten.num_responses
@@ -265,16 +265,18 @@ def test_swapped_weights_train_as_a_second_model_bit_for_bit(
 def swap_on_rank(checkpoint: str, other: str) -> dict[str, Any]:
     """Digests of a policy before, while and after its weights are swapped with another checkpoint's."""
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-    from megatron_groupdpo.mcore.checkpoint import find_checkpoint, load_weights
+    from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint
+    from megatron_groupdpo.mcore.checkpoint.training import load_weights
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
-    from megatron_groupdpo.mcore.swapped import load_swapped_reference
+    from megatron_groupdpo.reference.swapped import swapped_reference
 
     parallel = ParallelConfig(device="cpu", pipeline_model_parallel_size=2)
     ranks = initialize(parallel, seed=0)
     try:
         policy = load_policy(Path(checkpoint), parallel, PrecisionConfig(), ranks, training=True)
-        reference = load_swapped_reference(find_checkpoint(Path(other)), policy)
+        load_weights(find_checkpoint(Path(other)), policy.chunks, model=policy.identity)
+        reference = swapped_reference(policy)
         load_weights(find_checkpoint(Path(checkpoint)), policy.chunks, model=policy.identity)
         found: dict[str, Any] = {"reference": reference.weights_digest(), "before": policy.weights_digest()}
         places = [parameter.data_ptr() for chunk in policy.chunks for parameter in chunk.parameters()]

@@ -23,7 +23,7 @@ def on_rank(scale: float, chunk_size: int) -> tuple[np.ndarray, np.ndarray, np.n
     """Values, this rank's part of the hidden gradient, the gradient of this rank's rows."""
     import torch.distributed as dist
 
-    from megatron_groupdpo.mcore.logprobs import selected_logprobs
+    from megatron_groupdpo.mcore.passes.logprobs import selected_logprobs
 
     dist.init_process_group("gloo")
     hidden_TH, weight_VH, targets_T, grad_T = inputs(scale)
@@ -66,7 +66,7 @@ def table_on_rank(logits_V: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """Log-probability of every token as a target, and its gradient with respect to the logits, in chunks of 4."""
     import torch.distributed as dist
 
-    from megatron_groupdpo.mcore.logprobs import selected_logprobs
+    from megatron_groupdpo.mcore.passes.logprobs import selected_logprobs
 
     dist.init_process_group("gloo")
     # One-hot rows: logits are the given numbers, and the hidden gradient is theirs.

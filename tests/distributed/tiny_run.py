@@ -77,7 +77,7 @@ def preprocess(groups: Path, tokenizer: Path, store: Path) -> None:
 
 def write_reference(store: Path, folder: Path, *, precision: str = "fp32", shift: float = 0.0) -> None:
     """Made-up log-probabilities of the size an untrained model gives; of no weights in particular."""
-    from megatron_groupdpo.data.store import TokenStore
+    from megatron_groupdpo.data.store.reader import TokenStore
     from megatron_groupdpo.reference.store import ReferenceKey, ReferenceWriter
 
     opened = TokenStore.open(store)
@@ -111,7 +111,7 @@ def train_on_rank(argv: Sequence[str], fault: str | None = None) -> str:
     from faults import injected
 
     from megatron_groupdpo.config import load_config, validate
-    from megatron_groupdpo.convert.model_section import complete_model_section
+    from megatron_groupdpo.convert.hf.model_section import complete_model_section
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.run.build import build_run
     from megatron_groupdpo.run.loop import train
@@ -159,7 +159,7 @@ def score_own_weights_on_rank(
     Plus ``shift``, and plus ``side_per_token`` for each token of a positive, minus it for each of a negative.
     """
     from megatron_groupdpo.config import load_config
-    from megatron_groupdpo.data.store import TokenStore
+    from megatron_groupdpo.data.store.reader import TokenStore
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.reference.store import ReferenceKey, ReferenceWriter
     from megatron_groupdpo.run.build import build_run
@@ -174,7 +174,9 @@ def score_own_weights_on_rank(
         for planned in run.train.once(4):
             logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
             assert logps_R is not None
-            labels_R = planned.batch.to_flat(planned.batch.labels_GK.double())
+            index_GK = planned.batch.flat_index_GK
+            labels_R = logps_R.new_zeros(planned.batch.num_responses)
+            labels_R[index_GK[index_GK >= 0]] = planned.batch.labels_GK[index_GK >= 0].double()
             changed_R = logps_R + shift + side_per_token * labels_R * planned.batch.num_tokens_R
             writer.put(planned.batch.response_ids_R.numpy(), changed_R.numpy())
     finally:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from megatron_groupdpo.config import ModelConfig, OptimizerConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.batch import build_batch
-from megatron_groupdpo.data.microbatches import build_microbatches
-from megatron_groupdpo.data.planner import plan_batch, plan_options, plan_whole_groups
-from megatron_groupdpo.mcore.optimizer import Updater, build_lr_schedule, build_optimizer
+from megatron_groupdpo.data.batches.batch import build_batch
+from megatron_groupdpo.data.batches.microbatches import build_microbatches
+from megatron_groupdpo.data.batches.planner import plan_batch, plan_options, plan_whole_groups
+from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
 from megatron_groupdpo.step.coefficients import LossOptions

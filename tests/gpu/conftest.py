@@ -20,7 +20,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def transformer_engine() -> None:
     """Skips where it is not installed, with the reason."""
-    from megatron_groupdpo.mcore.te_fp8 import transformer_engine_problem
+    from megatron_groupdpo.mcore.fp8.state import transformer_engine_problem
 
     if (problem := transformer_engine_problem()) is not None:
         pytest.skip(f"Transformer Engine: {problem}")

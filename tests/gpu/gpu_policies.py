@@ -11,12 +11,11 @@ import numpy as np
 import torch
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_groupdpo.data.planner import plan_options
-from megatron_groupdpo.data.sampler import GroupSampler
+from megatron_groupdpo.data.batches.planner import plan_options
+from megatron_groupdpo.data.batches.sampler import GroupSampler
 from megatron_groupdpo.mcore.policy import Policy, build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
-from megatron_groupdpo.run.batches import BatchSource, PlannedBatch
-from megatron_groupdpo.run.feed import on_device
+from megatron_groupdpo.run.batches import BatchSource, PlannedBatch, on_device
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.types import GroupSample
 

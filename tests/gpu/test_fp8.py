@@ -16,8 +16,8 @@ def precision(format_: str, recipe: str, **more: Any) -> dict[str, Any]:
 def skip_where_refused(recipe: str) -> None:
     import torch
 
-    from megatron_groupdpo.fp8_recipes import recipe_problem
-    from megatron_groupdpo.mcore.te_fp8 import recipe_problem_here
+    from megatron_groupdpo.config.fp8 import recipe_problem
+    from megatron_groupdpo.mcore.fp8.state import recipe_problem_here
 
     problem = recipe_problem(recipe, torch.cuda.get_device_capability()) or recipe_problem_here(recipe)
     if problem is not None:
@@ -64,7 +64,7 @@ def test_delayed_scaling_left_to_itself_would_drift(transformer_engine: None, mo
     """The contract's test can fail: without holding, the scales move between the microbatches of pass 2."""
     from two_pass_case import contract
 
-    from megatron_groupdpo.mcore import te_fp8
+    from megatron_groupdpo.mcore.fp8 import state as te_fp8
 
     if te_fp8._held_update is not None:
         manager = te_fp8._manager()

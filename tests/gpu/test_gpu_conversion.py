@@ -17,9 +17,9 @@ pytestmark = pytest.mark.gpu
 def test_log_probs_of_an_imported_model_are_those_of_transformers(tmp_path: Path):
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    from megatron_groupdpo.convert.hf_model import open_hf_model
+    from megatron_groupdpo.convert.hf.model import open_hf_model
     from megatron_groupdpo.convert.verify import megatron_logprobs, transformers_logprobs
-    from megatron_groupdpo.convert.weights import load_hf_weights
+    from megatron_groupdpo.convert.weights.loading import load_hf_weights
     from megatron_groupdpo.mcore.policy import build_policy
 
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_groupdpo.mcore.logprobs import selected_logprobs
+from megatron_groupdpo.mcore.passes.logprobs import selected_logprobs
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ import gpu_policies as gpu
 import pytest
 import torch
 
-from megatron_groupdpo.mcore.gradient import PlainEngine
+from megatron_groupdpo.mcore.passes.gradient import PlainEngine
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
 from megatron_groupdpo.step.train_step import accumulate_gradient
 

@@ -72,7 +72,7 @@ def test_packed_rows_are_cut_as_its_own_function_cuts_them(transformer_engine: N
     import torch
     import transformer_engine_torch as tex
 
-    from megatron_groupdpo.sequence_shards import packed_positions_of_rank
+    from megatron_groupdpo.tensors import packed_positions_of_rank
 
     bounds = [0, 8, 32, 56, 120]
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
@@ -85,7 +85,7 @@ def test_packed_rows_are_cut_as_its_own_function_cuts_them(transformer_engine: N
 def test_its_fused_adam_is_taken(transformer_engine: None):
     from two_pass_case import Case, Runner, one_rank
 
-    from megatron_groupdpo.mcore.optimizer import optimizer_origin
+    from megatron_groupdpo.mcore.passes.optimizer import optimizer_origin
 
     with one_rank("cuda") as ranks:
         runner = Runner(Case(model={}, precision={"bf16": True}), ranks)

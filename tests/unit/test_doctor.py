@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_groupdpo import doctor
-from megatron_groupdpo.probes import Probe, run_probe
+from megatron_groupdpo.doctor import examine as doctor
+from megatron_groupdpo.doctor.imports import Probe, run_probe
 
 
 def _package(folder: Path, name: str, source: str) -> None:

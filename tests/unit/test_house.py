@@ -15,7 +15,7 @@ PACKAGE = ROOT / NAME
 # Lowest first; the names of one row may import each other. Any other top-level module is an entry point,
 # above them all.
 LAYERS = (
-    ("", "types", "errors", "engine", "sequence_shards", "fp8_recipes", "transfer"),
+    ("", "types", "errors", "engine", "tensors", "processes", "lazy_torch"),
     ("objectives",),
     ("config",),  # knows the objectives' names and refuses an option that the chosen one does not use
     ("mcore",),
@@ -25,12 +25,17 @@ LAYERS = (
     ("convert",),
     ("online",),
     ("run",),
+    ("doctor",),
 )
 HEIGHTS = {name: height for height, names in enumerate(LAYERS) for name in names}
 ENTRY_POINT = len(LAYERS)
 
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 80
+MAX_ENTRIES = 9
+"""Files and folders of a folder, ``__init__.py`` not counted: what a newcomer takes in at a look."""
+REGISTRIES = {"objectives", "data/schemas", "convert/families"}
+"""One file for each of a kind, which may be many."""
 
 
 def imported_names(tree: ast.AST, module: str, *, is_package: bool = False) -> Iterator[tuple[int, str]]:
@@ -114,6 +119,61 @@ def test_imports_only_point_down():
     assert not any(found.values()), report(found)
 
 
+def rooms_that_import(folder: Path) -> dict[str, set[str]]:
+    """For each entry of a folder of the package, the others whose modules it imports."""
+    home = module_name(folder)
+    entries = {path.stem if path.is_file() else path.name for path in entries_of(folder)}
+    edges: dict[str, set[str]] = {name: set() for name in entries}
+    for path in sources(folder):
+        owner = path.relative_to(folder).parts[0].removesuffix(".py")
+        if owner not in entries:
+            continue
+        for _, name in imported_names(
+            ast.parse(path.read_text()), module_name(path), is_package=path.stem == "__init__"
+        ):
+            target = name.removeprefix(f"{home}.").split(".")[0]
+            if name.startswith(f"{home}.") and target in entries - {owner}:
+                edges[owner].add(target)
+    return edges
+
+
+def circle_in(edges: dict[str, set[str]]) -> list[str]:
+    """The names that are left when whatever imports nothing that is left has been taken away, again and again."""
+    left = {name: set(targets) for name, targets in edges.items()}
+    while free := {name for name, targets in left.items() if not targets & left.keys()}:
+        left = {name: targets for name, targets in left.items() if name not in free}
+    return sorted(left)
+
+
+def entries_of(folder: Path) -> list[Path]:
+    found = [path for path in folder.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    return sorted(path for path in found if path.name != "__init__.py")
+
+
+def folders_of_the_package() -> list[Path]:
+    return sorted(path.parent for path in PACKAGE.rglob("__init__.py"))
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    found = {folder: circle_in(rooms_that_import(folder)) for folder in folders_of_the_package() if folder != PACKAGE}
+    assert not any(found.values()), report(found)
+
+
+def test_a_circle_of_rooms_is_seen():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["a", "b", "c", "d"]
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_a_folder_is_taken_in_at_a_look():
+    counts = {folder: len(entries_of(folder)) for folder in folders_of_the_package()}
+    full = {
+        str(folder.relative_to(PACKAGE)): count
+        for folder, count in counts.items()
+        if count > MAX_ENTRIES and folder != PACKAGE and str(folder.relative_to(PACKAGE)) not in REGISTRIES
+    }
+    assert not full, f"more than {MAX_ENTRIES} entries: {full}; make a folder of those of one subject"
+
+
 def test_only_mcore_imports_megatron():
     # The tests that start ranks may need Megatron in their helpers, never in the test files themselves.
     searched = [
@@ -151,7 +211,7 @@ def test_every_folder_of_the_package_has_its_layer():
         ("megatron_groupdpo.objectives.pairs", "from megatron_groupdpo.step import score"),
         ("megatron_groupdpo.objectives.pairs", "from ..step.score import score"),
         ("megatron_groupdpo.objectives.pairs", "from megatron_groupdpo import run"),
-        ("megatron_groupdpo.mcore.model", "def f():\n    import megatron_groupdpo.data.records"),
+        ("megatron_groupdpo.mcore.model.build", "def f():\n    import megatron_groupdpo.data.records"),
         ("megatron_groupdpo.types", "importlib.import_module('megatron_groupdpo.objectives')"),
     ],
 )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.convert.transforms import COPY, Transform
+from megatron_groupdpo.convert.families.transforms import COPY, Transform
 from megatron_groupdpo.errors import ConfigError
 
 HfConfig = Mapping[str, Any]
@@ -38,7 +38,7 @@ class Family:
     """``architectures[0]`` in config.json."""
     model_type: str
     rules: Mapping[str, Rule]
-    """By Megatron's name (see ``megatron_names.py``). Rules for tensors that a given model lacks do not apply."""
+    """By Megatron's name (``tensors/megatron_names.py``). Rules for tensors that a given model lacks do not apply."""
     to_model: Callable[[HfConfig], ModelConfig]
     """Raises ConfigError naming the field that ModelConfig cannot express."""
     to_hf: Callable[[ModelConfig], dict[str, Any]]
@@ -58,7 +58,7 @@ class Family:
     rules' names end of the parts that share its rows."""
     reads: tuple[str, ...] = ()
     """Fields of config.json that ``to_model`` honours or refuses itself, though most families have no use for them
-    (see ``_NEUTRAL`` in ``hf_model.py``)."""
+    (see ``_NEUTRAL`` in ``hf/model.py``)."""
 
 
 def require(config: HfConfig, name: str, *allowed: Any) -> None:

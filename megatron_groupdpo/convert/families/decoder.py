@@ -11,7 +11,7 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import Family, HfConfig, Rule, require, require_model, rule
 from megatron_groupdpo.convert.families.rope import FULL, ROPE, SLIDING, rope_config, rope_fields
-from megatron_groupdpo.convert.transforms import GATE_UP, QKV
+from megatron_groupdpo.convert.families.transforms import GATE_UP, QKV
 from megatron_groupdpo.errors import ConfigError
 
 LAYER = "model.layers.{layer}."

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import Family, HfConfig, one_of, require, require_model, rule
-from megatron_groupdpo.convert.transforms import CONV1D, CONV1D_QKV
+from megatron_groupdpo.convert.families.transforms import CONV1D, CONV1D_QKV
 from megatron_groupdpo.errors import ConfigError
 
 _LAYER = "transformer.h.{layer}."

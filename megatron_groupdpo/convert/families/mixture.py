@@ -8,7 +8,7 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import HfConfig, Rule, rule
 from megatron_groupdpo.convert.families.decoder import LAYER
-from megatron_groupdpo.convert.transforms import GATE_UP
+from megatron_groupdpo.convert.families.transforms import GATE_UP
 from megatron_groupdpo.errors import ConfigError
 
 EXPERTS = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")

@@ -22,8 +22,7 @@ from megatron_groupdpo.data.schemas import (
     ultrafeedback,
     verified,
 )
-from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
-from megatron_groupdpo.data.schemas.system import with_system_turn
+from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions, with_system_turn
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import GroupRecord
 

@@ -10,11 +10,17 @@ import pytest
 from config_examples import example
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig, validate
-from megatron_groupdpo.config.fp8 import length_multiple, precision_name, reference_precision
-from megatron_groupdpo.data.microbatches import build_microbatches
-from megatron_groupdpo.data.planner import plan_batch, plan_options
+from megatron_groupdpo.config.fp8 import (
+    TILE,
+    fp8_recipes,
+    length_multiple,
+    precision_name,
+    recipe_problem,
+    reference_precision,
+)
+from megatron_groupdpo.data.batches.microbatches import build_microbatches
+from megatron_groupdpo.data.batches.planner import plan_batch, plan_options
 from megatron_groupdpo.errors import ConfigError
-from megatron_groupdpo.fp8_recipes import TILE, fp8_recipes, recipe_problem
 from megatron_groupdpo.types import GroupBatch, ResponseRow
 
 RECIPES = tuple(TILE)
@@ -183,7 +189,7 @@ def te_partition(bounds: list[int], rank: int, size: int) -> list[int]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_context_parallelism_cuts_packed_rows_as_transformer_engine_does(size: int):
-    from megatron_groupdpo.sequence_shards import packed_positions_of_rank
+    from megatron_groupdpo.tensors import packed_positions_of_rank
 
     bounds = [0, 2 * size, 8 * size, 8 * size + 6 * size, 30 * size]
     for rank in range(size):

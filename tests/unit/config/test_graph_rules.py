@@ -61,7 +61,7 @@ def test_what_goes_with_graphs_is_accepted(changes: dict[str, Any], world_size: 
 
 
 def test_a_run_that_finds_no_gpu_is_refused_before_a_model_is_built():
-    from megatron_groupdpo.mcore import kernels
+    from megatron_groupdpo.mcore.model import implementation as kernels
 
     precision = PrecisionConfig(cuda_graphs=True)
     with pytest.raises(ConfigError, match="cuda_graphs needs a GPU and the run's device is the CPU"):

@@ -9,7 +9,7 @@ import pytest
 from config_examples import example
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, validate
-from megatron_groupdpo.config.mixture import check_mixture
+from megatron_groupdpo.config.rules.mixture import check_mixture
 from megatron_groupdpo.errors import ConfigError
 
 MIXTURE: dict[str, Any] = {"num_moe_experts": 4, "add_bias_linear": False}

@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert import verify
 from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, export_hf
-from megatron_groupdpo.convert.hf_files import INDEX, HfWeights
-from megatron_groupdpo.convert.hf_model import open_hf_model
+from megatron_groupdpo.convert.hf.files import INDEX, HfWeights
+from megatron_groupdpo.convert.hf.model import open_hf_model
+from megatron_groupdpo.convert.hf.model_section import complete_model_section
+from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf, kept_of
-from megatron_groupdpo.convert.megatron_names import canonical_name, megatron_tensors
-from megatron_groupdpo.convert.model_section import complete_model_section
-from megatron_groupdpo.convert.tokenizers import ModelTokenizer
-from megatron_groupdpo.convert.weights import key_of, load_hf_weights, policy_shards
-from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.convert.tensors.megatron_names import canonical_name, megatron_tensors
+from megatron_groupdpo.convert.weights.loading import key_of, load_hf_weights, policy_shards
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks
 

@@ -22,10 +22,10 @@ from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfi
 from megatron_groupdpo.convert import verify
 from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, export_hf, parse_size
 from megatron_groupdpo.convert.families import FAMILIES, family_for_export
-from megatron_groupdpo.convert.hf_model import open_hf_model
+from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.importing import ImportOptions, import_hf, prepare_import
-from megatron_groupdpo.convert.weights import load_hf_weights
-from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.convert.weights.loading import load_hf_weights
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_groupdpo.mcore.policy import build_policy
 from megatron_groupdpo.mcore.setup import Ranks

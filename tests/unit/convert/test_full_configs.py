@@ -22,8 +22,8 @@ from hf_examples import named_as_in_files
 from safetensors.torch import save_file
 
 from megatron_groupdpo.convert.families import family_of_config
-from megatron_groupdpo.convert.hf_model import model_of_config, open_hf_model, text_part
-from megatron_groupdpo.convert.plan import conversion_plan
+from megatron_groupdpo.convert.hf.model import model_of_config, open_hf_model, text_part
+from megatron_groupdpo.convert.tensors.plan import conversion_plan
 
 OLMO = {
     "architectures": ["Olmo3ForCausalLM"],

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from hub_server import hub_of
 
-from megatron_groupdpo.convert.hub import is_hub_name
+from megatron_groupdpo.convert.hf.hub import is_hub_name
 
 NAMES = """
 import json, sys
-from megatron_groupdpo.convert.hub import model_folder
+from megatron_groupdpo.convert.hf.hub import model_folder
 from megatron_groupdpo.errors import CheckpointError
 for name in sys.argv[1:]:
     try:

@@ -17,10 +17,10 @@ from convert_helpers import CONFIG_NAMES, tensors_of
 from hf_examples import decoder
 
 from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint
-from megatron_groupdpo.convert.hf_model import open_hf_model
+from megatron_groupdpo.convert.hf.model import open_hf_model
+from megatron_groupdpo.convert.hf.shards import assign_files
 from megatron_groupdpo.convert.importing import ImportOptions, import_hf
-from megatron_groupdpo.convert.shard_files import assign_files
-from megatron_groupdpo.mcore.checkpoint_tensors import CheckpointTensors
+from megatron_groupdpo.mcore.checkpoint.tensors import CheckpointTensors
 from megatron_groupdpo.mcore.setup import Ranks
 
 MIB = 2**20
@@ -57,8 +57,8 @@ def reset():
 source, out, what = sys.argv[1:]
 if what == "read":
     from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
-    from megatron_groupdpo.convert.hf_model import open_hf_model
-    from megatron_groupdpo.convert.weights import fill
+    from megatron_groupdpo.convert.hf.model import open_hf_model
+    from megatron_groupdpo.convert.weights.loading import fill
     from megatron_groupdpo.mcore.policy import build_policy
     from megatron_groupdpo.mcore.setup import initialize
     ranks = initialize(ParallelConfig(device="cpu"), seed=0)
@@ -126,7 +126,7 @@ def test_a_tensor_larger_than_the_limit_has_a_file_of_its_own():
 def test_files_that_did_not_change_come_back_byte_for_byte(
     own_copy: Callable[[str], Path], ranks: Ranks, tmp_path: Path, sentencepiece_model: Path
 ):
-    from megatron_groupdpo.data.tokenizer import TokenizerOptions, load_tokenizer
+    from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
 
     folder = own_copy("qwen2-tied")
     load_tokenizer(TokenizerOptions(kind="SentencePieceTokenizer", model=str(sentencepiece_model))).save(folder)

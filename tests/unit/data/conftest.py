@@ -12,11 +12,11 @@ import pytest
 import sentencepiece
 from data_makers import CORPUS
 
-from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.prepare import PreprocessOptions
-from megatron_groupdpo.data.preprocess import Listeners, PreprocessReport, preprocess
-from megatron_groupdpo.data.tokenize import TokenizeOptions
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.preprocess.partition import Partition
+from megatron_groupdpo.data.preprocess.pipeline import Listeners, PreprocessReport, preprocess
+from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
+from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 
 TrainSentencePiece = Callable[..., Path]
 

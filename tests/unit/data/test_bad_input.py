@@ -16,15 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_groupdpo.data import counts as why
-from megatron_groupdpo.data import json_array
-from megatron_groupdpo.data.files import read_records
-from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.prepare import PreprocessOptions
-from megatron_groupdpo.data.preprocess import preprocess
+from megatron_groupdpo.data.files import json_array
+from megatron_groupdpo.data.files.reader import read_records
+from megatron_groupdpo.data.preprocess.partition import Partition
+from megatron_groupdpo.data.preprocess.pipeline import preprocess
+from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
 from megatron_groupdpo.data.schemas import SchemaOptions
-from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.data.tokenize import TokenizeOptions
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.store.reader import TokenStore
+from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import DataError, UserError
 
 fuzz = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

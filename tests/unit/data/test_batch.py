@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data.batch import build_batch
+from megatron_groupdpo.data.batches.batch import build_batch
 from megatron_groupdpo.types import GroupBatch, GroupSample
 
 groups_of_responses = st.lists(
@@ -61,11 +61,13 @@ def test_a_response_gets_a_row_exactly_when_it_needs_a_pass(groups: list[list[tu
 
 @settings(deadline=None)
 @given(groups_of_responses)
-def test_flat_and_padded_arrangements_are_inverse(groups: list[list[tuple[int, int, bool]]]):
+def test_every_cell_of_the_padded_arrangement_holds_its_own_response(groups: list[list[tuple[int, int, bool]]]):
     _, batch = make(groups)
     flat_R = torch.arange(batch.num_responses, dtype=torch.float64) + 1
     padded_GK = batch.to_groups(flat_R, fill=-1.0)
-    assert torch.equal(batch.to_flat(padded_GK), flat_R)
+    held_GK = batch.flat_index_GK >= 0
+    assert torch.equal(padded_GK[held_GK], flat_R[batch.flat_index_GK[held_GK]])
+    assert sorted(padded_GK[held_GK].tolist()) == flat_R.tolist()
     assert bool((padded_GK[batch.flat_index_GK < 0] == -1.0).all())
 
 

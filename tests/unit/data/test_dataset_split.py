@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data import dataset as dataset_module
-from megatron_groupdpo.data.dataset import GroupDataset, split_by_prompt
+from megatron_groupdpo.data.store import reader as dataset_module
+from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
 from megatron_groupdpo.errors import DataError
 
 

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from megatron_groupdpo.data.files import count_records, expand_inputs, read_records
+from megatron_groupdpo.data.files.reader import count_records, expand_inputs, read_records
 from megatron_groupdpo.errors import DataError
 
 RECORDS = [{"prompt": f"é {i}", "responses": ["a", "b"], "rewards": [0.5, float(i)]} for i in range(5)]

@@ -17,17 +17,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_groupdpo.data import counts as why
-from megatron_groupdpo.data import store_format as fmt
-from megatron_groupdpo.data.inspect_pass import Inspection, Records, inspect_records, inspect_store
-from megatron_groupdpo.data.inspect_stats import Distribution, GroupBlock, Statistics
-from megatron_groupdpo.data.inspect_verify import store_bytes, verify_store
-from megatron_groupdpo.data.inspect_warnings import RULES
-from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.prepare import PreprocessOptions
-from megatron_groupdpo.data.preprocess import preprocess
-from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.data.tokenize import TokenizeOptions
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.inspect.inspection import Inspection, Records, inspect_records, inspect_store
+from megatron_groupdpo.data.inspect.stats import Distribution, GroupBlock, Statistics
+from megatron_groupdpo.data.inspect.verify import store_bytes, verify_store
+from megatron_groupdpo.data.inspect.warnings import RULES
+from megatron_groupdpo.data.preprocess.partition import Partition
+from megatron_groupdpo.data.preprocess.pipeline import preprocess
+from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
+from megatron_groupdpo.data.store import format as fmt
+from megatron_groupdpo.data.store.reader import TokenStore
+from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import DataError
 
 # Statistics

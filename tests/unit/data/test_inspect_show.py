@@ -14,13 +14,13 @@ from data_makers import STYLES, make_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data import inspect_show as show
-from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.prepare import PreprocessOptions
-from megatron_groupdpo.data.preprocess import preprocess
-from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.data.tokenize import TokenizeOptions
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.inspect import show
+from megatron_groupdpo.data.preprocess.partition import Partition
+from megatron_groupdpo.data.preprocess.pipeline import preprocess
+from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
+from megatron_groupdpo.data.store.reader import TokenStore
+from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import GroupRecord, GroupSample, Message, ResponseRecord
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data.partition import (
+from megatron_groupdpo.data.preprocess.partition import (
     Partition,
     Sides,
     cap_sides,

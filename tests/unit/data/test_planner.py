@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data.microbatches import build_microbatches
-from megatron_groupdpo.data.planner import PlanOptions, plan_batch, plan_whole_groups
+from megatron_groupdpo.data.batches.microbatches import build_microbatches
+from megatron_groupdpo.data.batches.planner import PlanOptions, plan_batch, plan_whole_groups
 from megatron_groupdpo.types import GroupBatch, ResponseRow
 
 

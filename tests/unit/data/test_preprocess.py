@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.counts import Counts, summary_table
-from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.data.tokenize import TokenizeOptions
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.preprocess.partition import Partition
+from megatron_groupdpo.data.store.reader import TokenStore
+from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import ConfigError, DataError, UserError
 
 

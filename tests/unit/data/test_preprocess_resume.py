@@ -21,12 +21,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_groupdpo.data import counts as why
-from megatron_groupdpo.data.partition import Partition
-from megatron_groupdpo.data.prepare import PreprocessOptions
-from megatron_groupdpo.data.preprocess import Listeners, preprocess
-from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.data.tokenize import TokenizeOptions
-from megatron_groupdpo.data.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.preprocess.partition import Partition
+from megatron_groupdpo.data.preprocess.pipeline import Listeners, preprocess
+from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
+from megatron_groupdpo.data.store.reader import TokenStore
+from megatron_groupdpo.data.text.tokenize import TokenizeOptions
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import DataError, UserError
 
 NUM_RECORDS = 300  # five chunks

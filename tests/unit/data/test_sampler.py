@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_groupdpo.data.sampler import BlendedSampler, GroupSampler, block_shares
+from megatron_groupdpo.data.batches.sampler import BlendedSampler, GroupSampler, block_shares
 
 sizes = st.integers(1, 30)
 seeds = st.integers(0, 2**40)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_groupdpo.data.schemas import SchemaOptions, choose_schema, schema_named
-from megatron_groupdpo.data.store import TokenStore
+from megatron_groupdpo.data.store.reader import TokenStore
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupRecord, Message
 

@@ -78,7 +78,7 @@ class FakeFp8:
                 for quantizer in (layer.of_input, layer.of_weight) if forward else (layer.of_gradient,):
                     quantizer.update()
 
-    # The adapter: megatron_groupdpo.mcore.fp8.ScalingState.
+    # The adapter: megatron_groupdpo.mcore.fp8.passes.ScalingState.
 
     def hold(self) -> None:
         self.held = True

@@ -17,7 +17,7 @@ def build_attention(**fields):
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    from megatron_groupdpo.mcore.attention import SdpaAttention
+    from megatron_groupdpo.mcore.model.attention import SdpaAttention
 
     config = TransformerConfig(
         num_layers=1,

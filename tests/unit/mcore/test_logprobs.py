@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_groupdpo.mcore import logprobs
-from megatron_groupdpo.mcore.logprobs import selected_logprobs
+from megatron_groupdpo.mcore.passes import logprobs
+from megatron_groupdpo.mcore.passes.logprobs import selected_logprobs
 
 VOCAB, PADDED, HIDDEN = 37, 40, 8
 

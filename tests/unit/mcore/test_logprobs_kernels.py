@@ -20,7 +20,7 @@ def test_kernel_compiles_for_hopper(name: str, dtype: str, tmp_path: Path, monke
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_groupdpo.mcore import logprobs_kernels
+    from megatron_groupdpo.mcore.passes import logprobs_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(logprobs_kernels, name)

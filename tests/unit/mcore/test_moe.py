@@ -13,8 +13,8 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeTopKRouter
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.errors import ConfigError
-from megatron_groupdpo.mcore.model import transformer_config
-from megatron_groupdpo.mcore.moe import SoftmaxRouter
+from megatron_groupdpo.mcore.model.build import transformer_config
+from megatron_groupdpo.mcore.model.moe import SoftmaxRouter
 from megatron_groupdpo.mcore.policy import build_policy
 from megatron_groupdpo.mcore.setup import Ranks, initialize, shut_down
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_groupdpo.mcore import te_fp8
-from megatron_groupdpo.mcore.fp8 import TwoPassScaling
+from megatron_groupdpo.mcore.fp8 import state as te_fp8
+from megatron_groupdpo.mcore.fp8.passes import TwoPassScaling
 
 
 class Manager:

@@ -24,7 +24,7 @@ def choice(
     fields: Any = None,
     precision: dict[str, Any] | None = None,
 ) -> str:
-    from megatron_groupdpo.mcore import kernels
+    from megatron_groupdpo.mcore.model import implementation as kernels
 
     model = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, transformer_impl=impl, **(fields or {}))
     return kernels.choose_transformer_impl(
@@ -34,7 +34,7 @@ def choice(
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_groupdpo.mcore import te_fp8
+    from megatron_groupdpo.mcore.fp8 import state as te_fp8
 
     monkeypatch.setattr(te_fp8, "transformer_engine_problem", lambda: None)
 
@@ -86,7 +86,7 @@ def test_auto_never_drops_an_option_that_only_transformer_engine_has(
     precision: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
 ):
     """Megatron itself ignores ``fp8`` without it, in silence."""
-    from megatron_groupdpo.mcore import te_fp8
+    from megatron_groupdpo.mcore.fp8 import state as te_fp8
 
     monkeypatch.setattr(te_fp8, "transformer_engine_problem", lambda: "importing it fails (say why)")
     for device, why in ((CPU, "the run's device is the CPU"), (CUDA, "importing it fails")):
@@ -96,7 +96,8 @@ def test_auto_never_drops_an_option_that_only_transformer_engine_has(
 
 
 def test_what_the_machine_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch):
-    from megatron_groupdpo.mcore import kernels, te_fp8
+    from megatron_groupdpo.mcore.fp8 import state as te_fp8
+    from megatron_groupdpo.mcore.model import implementation as kernels
 
     def check(recipe: str, capability: tuple[int, int]) -> None:
         monkeypatch.setattr(te_fp8, "device_capability", lambda _device: capability)
@@ -120,7 +121,7 @@ def test_what_the_machine_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch)
 
 def test_options_reach_megatrons_configuration():
     from megatron_groupdpo.config import ParallelConfig
-    from megatron_groupdpo.mcore.model import transformer_config
+    from megatron_groupdpo.mcore.model.build import transformer_config
 
     model = ModelConfig(num_layers=6, hidden_size=64, num_attention_heads=2, num_query_groups=2, kv_channels=32)
     given = PrecisionConfig(

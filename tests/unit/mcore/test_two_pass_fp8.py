@@ -1,4 +1,4 @@
-"""Both passes of a step see one FP8 function: the contract of ``mcore/fp8.py``, on a stand-in for the layers."""
+"""Both passes of a step see one FP8 function: the contract of ``mcore/fp8/passes.py``, on stand-in layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fake_fp8 import E4M3, DelayedQuantizer, FakeFp8, FakeFp8Product, cast
 from step_batches import make_batch, options
 from torch import Tensor
 
-from megatron_groupdpo.mcore.fp8 import CALIBRATION_STEPS, TwoPassScaling
+from megatron_groupdpo.mcore.fp8.passes import CALIBRATION_STEPS, TwoPassScaling
 from megatron_groupdpo.step.coupled import accumulate_coupled_gradient
 from megatron_groupdpo.step.train_step import StepResult, accumulate_gradient
 from megatron_groupdpo.types import GroupBatch, ResponseRow

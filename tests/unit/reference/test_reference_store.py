@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_groupdpo.data.blocks import PreparedGroup
-from megatron_groupdpo.data.store import TokenStore
-from megatron_groupdpo.data.store_writer import StoreIdentity, StoreWriter
-from megatron_groupdpo.data.work_folder import whole_folder
+from megatron_groupdpo.data.preprocess.work_folder import whole_folder
+from megatron_groupdpo.data.store.reader import TokenStore
+from megatron_groupdpo.data.store.writer import PreparedGroup, StoreIdentity, StoreWriter
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.reference.content import content_hashes, group_hashes, take_over
 from megatron_groupdpo.reference.store import (

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megatron_groupdpo.errors import DataError
-from megatron_groupdpo.run.batches import PlannedBatch
-from megatron_groupdpo.run.feed import DeviceFeed, device_tensors, on_device
+from megatron_groupdpo.run.batches import DeviceFeed, PlannedBatch, device_tensors, on_device
 from megatron_groupdpo.types import Microbatch
 
 CPU = torch.device("cpu")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_groupdpo.config import ModelConfig
-from megatron_groupdpo.run.flops import step_flops
+from megatron_groupdpo.run.logs.flops import step_flops
 from megatron_groupdpo.types import GroupBatch, ResponseRow
 
 SIZES: dict[str, Any] = {

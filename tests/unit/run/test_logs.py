@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_groupdpo.run.logs import METRICS_FILE, RunLogger
+from megatron_groupdpo.run.logs.writer import METRICS_FILE, RunLogger
 
 
 def logger(folder: Path | None, *, start: int = 0, tensorboard: Path | None = None) -> RunLogger:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_groupdpo.run.metrics import batch_metrics
+from megatron_groupdpo.run.logs.metrics import batch_metrics
 from megatron_groupdpo.step.coefficients import GroupLoss, LossOptions, group_loss
 from megatron_groupdpo.types import GroupBatch, ResponseRow
 

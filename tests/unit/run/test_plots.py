@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 
 from megatron_groupdpo.errors import DataError
-from megatron_groupdpo.run.plots import PANELS, plot_run, read_metrics, running_mean
+from megatron_groupdpo.run.logs.plots import PANELS, plot_run, read_metrics, running_mean
 
 
 def write_log(path: Path, *, iterations: int = 60, names: tuple[str, ...] | None = None) -> Path:

@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_groupdpo.data.planner import PlanOptions
-from megatron_groupdpo.data.sampler import GroupSampler
+from megatron_groupdpo.data.batches.planner import PlanOptions
+from megatron_groupdpo.data.batches.sampler import GroupSampler
 from megatron_groupdpo.errors import UserError
-from megatron_groupdpo.run.batches import BatchSource, PlannedBatch
-from megatron_groupdpo.run.prefetch import Prefetcher
+from megatron_groupdpo.run.batches import BatchSource, PlannedBatch, Prefetcher
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.types import GroupSample
 
@@ -100,7 +99,7 @@ LEAVES = """
 import os, sys
 sys.path.insert(0, {folder!r})
 from test_prefetch import make_source
-from megatron_groupdpo.run.prefetch import Prefetcher
+from megatron_groupdpo.run.batches import Prefetcher
 
 if __name__ == "__main__":
     batches = Prefetcher(make_source(), num_workers=2, num_groups=2, end=1000)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_groupdpo.config import LoggingConfig
-from megatron_groupdpo.run.profile import StepProfiler
+from megatron_groupdpo.run.logs.profile import StepProfiler
 
 
 def run(folder: Path | None, options: LoggingConfig, iterations: range) -> list[Path]:

@@ -15,7 +15,7 @@ FP8: dict[str, Any] = {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "tens
 
 
 def test_fp8_has_no_measured_tolerance_and_takes_what_is_given():
-    from megatron_groupdpo.run.tolerances import gradient_tolerance, logp_tolerance, shown
+    from megatron_groupdpo.run.proofs.tolerances import gradient_tolerance, logp_tolerance, shown
 
     assert logp_tolerance(example()) == 1e-4
     assert logp_tolerance(example(bf16=True)) == 2e-2
@@ -27,7 +27,7 @@ def test_fp8_has_no_measured_tolerance_and_takes_what_is_given():
 
 
 def test_fp8_has_a_default_threshold_of_the_drift_that_grows_with_beta_and_length():
-    from megatron_groupdpo.run.tolerances import drift_threshold
+    from megatron_groupdpo.run.proofs.tolerances import drift_threshold
 
     assert drift_threshold(example(bf16=True), 100) is None
     assert drift_threshold(example(**FP8, beta=0.5), 100) == pytest.approx(0.5 * 2e-2 * 100)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from megatron_groupdpo import objectives
-from megatron_groupdpo.data.batch import build_batch
+from megatron_groupdpo.data.batches.batch import build_batch
 from megatron_groupdpo.step.coefficients import LossOptions
 from megatron_groupdpo.types import GroupBatch, GroupSample
 

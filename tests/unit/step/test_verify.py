@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from step_batches import make_batch, options
 
-from megatron_groupdpo.data.planner import PlanOptions
+from megatron_groupdpo.data.batches.planner import PlanOptions
 from megatron_groupdpo.engine import GradientPiece
 from megatron_groupdpo.step.verify import GradientGap, choose_groups, compare_gradients
 

@@ -1,0 +1,1 @@
+"""The sections of a configuration, as frozen dataclasses; the docs of their fields are the help."""

@@ -1,0 +1,1 @@
+"""Hugging Face's side: the model, its files, its tokenizer, the hub."""

@@ -1,0 +1,1 @@
+"""Weights of a built policy: filled from Hugging Face files, gathered whole for an export."""

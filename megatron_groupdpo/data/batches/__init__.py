@@ -1,0 +1,1 @@
+"""From a store to the microbatches of a rank: order, batch, plan, tensors."""

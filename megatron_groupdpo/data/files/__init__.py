@@ -1,0 +1,1 @@
+"""Files of every readable kind to raw records."""

@@ -1,0 +1,1 @@
+"""Looking into token stores and record files: statistics, warnings, single groups, digests."""

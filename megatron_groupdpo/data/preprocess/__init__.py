@@ -1,0 +1,1 @@
+"""Records to a token store: partition, tokenize, write, resume."""

@@ -1,0 +1,297 @@
+"""A group of texts to a group of token ids, each prompt being a token prefix of its responses' rows.
+
+Text: prompt and response are encoded apart and joined, so the prefix holds by construction; the beginning token
+leads, the end token closes. Messages: the chat template decides; see ``_chat_rows``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import numpy as np
+
+from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.counts import Counts
+from megatron_groupdpo.data.text.tokenizer import Tokenizer
+from megatron_groupdpo.errors import ConfigError, DataError, StopError
+from megatron_groupdpo.types import GroupRecord, Message, Text
+
+LengthPolicy = Literal["drop", "truncate-prompt", "truncate-response", "refuse"]
+AddBos = Literal["auto", "yes", "no"]
+PrefixMismatch = Literal["drop", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizeOptions:
+    """How texts become tokens."""
+
+    seq_length: int
+    """Largest number of tokens of prompt and response together, special tokens included."""
+    length_policy: LengthPolicy = "drop"
+    """What happens to a response that does not fit: ``drop`` it; ``truncate-prompt`` cuts the group's prompt
+    from the left, its beginning token excepted; ``truncate-response`` cuts the response's end, end token
+    included; ``refuse`` stops."""
+    add_bos: AddBos = "auto"
+    """Whether plain text starts with the beginning token; ``auto``: as the tokenizer itself does."""
+    apply_chat_template: bool = False
+    """Present plain-text prompts and responses as a user and an assistant turn."""
+    prefix_mismatch: PrefixMismatch = "drop"
+    """A response whose rendered conversation does not start with the rendered prompt."""
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 2:
+            raise ConfigError(f"--seq-length must be at least 2 (a prompt and an end), got {self.seq_length}")
+        for flag, value, choices in (
+            ("--length-policy", self.length_policy, get_args(LengthPolicy)),
+            ("--add-bos", self.add_bos, get_args(AddBos)),
+            ("--prefix-mismatch", self.prefix_mismatch, get_args(PrefixMismatch)),
+        ):
+            if value not in choices:
+                raise ConfigError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedResponse:
+    """One response that stays."""
+
+    index: int
+    """Position in the record."""
+    tokens: np.ndarray
+    """[L] int32, the end token included unless cut off."""
+    mask: np.ndarray | None = None
+    """[L] bool, False on other speakers' tokens; None: all True."""
+    is_whole: bool = True
+    """False where it was truncated."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedGroup:
+    """The prompt and the responses that stay, in the record's order."""
+
+    prompt_tokens: np.ndarray
+    """[P] int32."""
+    responses: tuple[TokenizedResponse, ...]
+    is_prompt_whole: bool = True
+    """False where the prompt was truncated."""
+
+
+class GroupTokenizer:
+    """Tokenizes groups with one tokenizer and one set of options.
+
+    Raises:
+        DataError: the tokenizer has no end token, or ``add_bos="yes"`` and it has no beginning token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, options: TokenizeOptions) -> None:
+        self._tokenizer = tokenizer
+        self._options = options
+        if tokenizer.eos_id is None:
+            raise DataError("the tokenizer must have an end token; add eos_token to it")
+        self._eos_id: int = tokenizer.eos_id
+        add_bos = tokenizer.adds_bos if options.add_bos == "auto" else options.add_bos == "yes"
+        if add_bos and tokenizer.bos_id is None:
+            raise DataError("--add-bos yes needs a tokenizer with a beginning token; use --add-bos no")
+        self._leading: list[int] = [tokenizer.bos_id] if add_bos and tokenizer.bos_id is not None else []
+        self._special_ids = tokenizer.special_ids | {self._eos_id}
+
+    def tokenize(self, record: GroupRecord, counts: Counts) -> TokenizedGroup | None:
+        """The group's tokens within the sequence length, or None where nothing of it can stay.
+
+        ``counts`` receives every drop and truncation.
+
+        Raises:
+            DataError: ``refuse`` and a row is too long; ``error`` and the prompt is no prefix; a response's
+                messages do not start with the assistant; no chat template.
+        """
+        texts = [record.prompt, *(response.text for response in record.responses)]
+        if self._is_empty(record.prompt):
+            counts[why.EMPTY_PROMPT] += 1
+            return None
+        is_chat = self._options.apply_chat_template or any(not isinstance(text, str) for text in texts)
+        rows = self._chat_rows(record, counts) if is_chat else self._text_rows(record, counts)
+        if rows is None:
+            return None
+        return self._fit(rows, record.where, counts)
+
+    def _is_empty(self, text: Text) -> bool:
+        """Whether there is nothing to read: white space, or what the tokenizer leaves out (a zero-width space)."""
+        contents = [text] if isinstance(text, str) else [message.content for message in text]
+        # A letter or a digit always leaves a token, and is nearly always soon found.
+        return not any(
+            content.strip() and (any(map(str.isalnum, content)) or self._tokenizer.encode(content))
+            for content in contents
+        )
+
+    def _text_rows(self, record: GroupRecord, counts: Counts) -> TokenizedGroup:
+        assert isinstance(record.prompt, str)
+        texts, kept = [record.prompt], []
+        for index, response in enumerate(record.responses):
+            assert isinstance(response.text, str)
+            if self._is_empty(response.text):
+                counts[why.EMPTY_RESPONSE] += 1
+                continue
+            texts.append(response.text)
+            kept.append(index)
+        prompt, *encoded = self._tokenizer.encode_many(texts)
+        responses = tuple(
+            TokenizedResponse(index=index, tokens=_int32([*tokens, self._eos_id]))
+            for index, tokens in zip(kept, encoded)
+        )
+        return TokenizedGroup(prompt_tokens=_int32(self._leading + prompt), responses=responses)
+
+    def _chat_rows(self, record: GroupRecord, counts: Counts) -> TokenizedGroup | None:
+        """Rows by the chat template.
+
+        The prompt is the conversation up to and with the generation prompt. Where its ids are not the first ids
+        of the whole conversation (a merge across the border), the pieces are tokenized apart. Where even its
+        text is not a prefix, the response is dropped and counted, or refused.
+        """
+        prompt = _as_messages(record.prompt, "user")
+        prompt_tokens = self._tokenizer.encode_rendered(self._render(prompt, True, record.where))
+        responses = []
+        for index, response in enumerate(record.responses):
+            if self._is_empty(response.text):
+                counts[why.EMPTY_RESPONSE] += 1
+                continue
+            turns = _as_messages(response.text, "assistant")
+            if turns[0].role != "assistant":
+                raise DataError(
+                    f"{record.where}: a response's messages must start with the role 'assistant', "
+                    f"got {turns[0].role!r} in response {index}; move the turns before it into the prompt"
+                )
+            pieces = self._trained_spans(prompt, turns, record.where)
+            if pieces is None:
+                if self._options.prefix_mismatch == "error":
+                    raise StopError(
+                        f"{record.where}: the chat template renders response {index} so that the prompt is no "
+                        "prefix of it; use another --chat-template, or --prefix-mismatch drop"
+                    )
+                counts[why.NO_PREFIX] += 1
+                continue
+            tokens, mask, in_pieces = self._encode_spans(*pieces)
+            counts[why.RETOKENIZED] += in_pieces
+            responses.append(TokenizedResponse(index=index, tokens=tokens, mask=mask))
+        if not prompt_tokens:
+            counts[why.EMPTY_PROMPT] += 1
+            return None
+        return TokenizedGroup(prompt_tokens=_int32(prompt_tokens), responses=tuple(responses))
+
+    def _render(self, messages: Sequence[Message], generation_prompt: bool, where: str) -> str:
+        try:
+            return self._tokenizer.render_chat(messages, add_generation_prompt=generation_prompt)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+
+    def _trained_spans(
+        self, prompt: tuple[Message, ...], turns: tuple[Message, ...], where: str
+    ) -> tuple[str, list[int]] | None:
+        """The conversation's text and the borders of what the assistant wrote: start, end, start, end, ...
+
+        None where a beginning of the conversation is not a beginning of its text.
+        """
+        text = self._render((*prompt, *turns), False, where)
+        borders: list[int] = []
+        for number, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            before = (*prompt, *turns[:number])
+            head = self._render(before, True, where)
+            upto = self._render((*before, turn), False, where)
+            if not (text.startswith(upto) and upto.startswith(head)):
+                return None
+            borders += [len(head), len(upto)]
+        return text, borders
+
+    def _encode_spans(self, text: str, borders: list[int]) -> tuple[np.ndarray, np.ndarray | None, bool]:
+        """Response tokens, their mask, and whether the text had to be tokenized in pieces."""
+        encode = self._tokenizer.encode_rendered
+        whole = encode(text)
+        heads = [encode(text[:border]) for border in borders]
+        in_pieces = any(whole[: len(head)] != head for head in heads)
+        if in_pieces:
+            edges = [0, *borders, len(text)]
+            pieces = [encode(text[a:b]) for a, b in itertools.pairwise(edges)]
+            whole = [token for piece in pieces for token in piece]
+            cuts = list(itertools.accumulate(len(piece) for piece in pieces))[: len(borders)]
+        else:
+            cuts = [len(head) for head in heads]
+        start = cuts[0]
+        mask = np.zeros(len(whole) - start, dtype=bool)
+        for first, last in zip(cuts[::2], cuts[1::2]):
+            mask[first - start : self._end_of_turn(whole, first, last) - start] = True
+        end = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
+        tokens, mask = whole[start : start + end], mask[:end]
+        if not tokens or tokens[-1] not in self._special_ids:
+            tokens = [*tokens, self._eos_id]
+            mask = np.append(mask, True)
+        return _int32(tokens), None if mask.all() else mask, in_pieces
+
+    def _end_of_turn(self, tokens: list[int], first: int, last: int) -> int:
+        """End of the trained part of a turn: after its last special token, if only white space follows it."""
+        for position in range(last - 1, first - 1, -1):
+            if tokens[position] in self._special_ids:
+                blank = not self._tokenizer.decode(tokens[position + 1 : last]).strip()
+                return position + 1 if blank else last
+        return last
+
+    def _fit(self, group: TokenizedGroup, where: str, counts: Counts) -> TokenizedGroup | None:
+        """Apply the length policy."""
+        limit, policy = self._options.seq_length, self._options.length_policy
+        num_prompt = len(group.prompt_tokens)
+        longest = max((len(r.tokens) for r in group.responses), default=0)
+        if num_prompt + longest <= limit:
+            return group
+        if policy == "refuse":
+            raise StopError(
+                f"{where}: prompt and response must fit --seq-length {limit}, got {num_prompt} + {longest} tokens; "
+                "raise it, or choose --length-policy drop, truncate-prompt or truncate-response"
+            )
+        if policy == "truncate-prompt":
+            return self._cut_prompt(group, counts)
+        room = limit - num_prompt
+        if room < 1:
+            counts[why.PROMPT_TOO_LONG] += 1
+            return None
+        if policy == "drop":
+            fitting = tuple(r for r in group.responses if len(r.tokens) <= room)
+            counts[why.TOO_LONG] += len(group.responses) - len(fitting)
+            return replace(group, responses=fitting)
+        return replace(group, responses=tuple(_cut_responses(group.responses, room, counts)))
+
+    def _cut_prompt(self, group: TokenizedGroup, counts: Counts) -> TokenizedGroup:
+        prompt = group.prompt_tokens
+        num_kept_ahead = int(len(prompt) > 0 and prompt[0] == self._tokenizer.bos_id)
+        shortest = min(len(prompt), num_kept_ahead + 1)
+        room = self._options.seq_length - shortest
+        fitting = tuple(r for r in group.responses if len(r.tokens) <= room)
+        counts[why.TOO_LONG] += len(group.responses) - len(fitting)
+        longest = max((len(r.tokens) for r in fitting), default=0)
+        num_excess = len(prompt) + longest - self._options.seq_length
+        if num_excess <= 0 or not fitting:
+            return replace(group, responses=fitting)
+        counts[why.PROMPT_CUT] += 1
+        cut = np.concatenate([prompt[:num_kept_ahead], prompt[num_kept_ahead + num_excess :]])
+        return replace(group, prompt_tokens=cut, responses=fitting, is_prompt_whole=False)
+
+
+def _cut_responses(responses: Sequence[TokenizedResponse], room: int, counts: Counts) -> list[TokenizedResponse]:
+    kept = []
+    for response in responses:
+        if len(response.tokens) <= room:
+            kept.append(response)
+            continue
+        mask = None if response.mask is None else response.mask[:room]
+        counts[why.RESPONSE_CUT] += 1
+        kept.append(replace(response, tokens=response.tokens[:room], mask=mask, is_whole=False))
+    return kept
+
+
+def _as_messages(text: Text, role: str) -> tuple[Message, ...]:
+    return (Message(role=role, content=text),) if isinstance(text, str) else text
+
+
+def _int32(tokens: Sequence[int]) -> np.ndarray:
+    return np.asarray(tokens, dtype=np.int32)

@@ -1,0 +1,7 @@
+"""``python -m megatron_groupdpo.doctor``."""
+
+import sys
+
+from megatron_groupdpo.doctor.examine import main
+
+sys.exit(main())

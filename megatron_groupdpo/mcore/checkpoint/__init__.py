@@ -1,0 +1,1 @@
+"""Distributed checkpoints, and hashes of weights."""

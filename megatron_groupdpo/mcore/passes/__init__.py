@@ -1,0 +1,1 @@
+"""What runs on a built model: the two passes, their log-probabilities, the update, sampling."""
