@@ -1,7 +1,8 @@
 """Writes ``fields.jsonl``: for every field that a test is marked for, the patch that undoes it, and that test.
 
 A field is undone by freezing it: whoever reads it gets one value, its default where it has one. The patch is a
-decorator over the class, so that it also holds on ranks and in worker processes. Run it when a mark or a class has changed.
+decorator over the class, so that it also holds on ranks and in worker processes. Run it when a mark or a class has
+changed.
 """
 
 from __future__ import annotations
