@@ -100,6 +100,6 @@ def keep_a_group() -> None:
     dist.init_process_group("gloo")
 
 
-def test_a_job_that_keeps_a_group_fails(own_pool: RankPool):
+def test_a_job_that_keeps_a_group_fails(pool: RankPool):
     with pytest.raises(RanksFailed, match=r"keep_a_group left \d+ threads of process groups"):
-        own_pool.run(1, keep_a_group)
+        pool.run(1, keep_a_group)
