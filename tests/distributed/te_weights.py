@@ -33,7 +33,7 @@ def fp8_steps(
     """Three steps, by weights of ``load`` where given: log-probabilities, digests, what is held of the weights."""
     parallel = {"use_distributed_optimizer": True} | dict(parallel)
     layers = 4 if "pipeline_model_parallel_size" in parallel else 2
-    model = {"num_layers": layers} if family is None else sized(family)
+    model = {"num_layers": layers} if family is None else sized(family, small=True)
     if load is not None and is_hf_folder(Path(load)):
         model = dataclasses.asdict(open_hf_model(Path(load)).model)
         del model["transformer_impl"]

@@ -150,8 +150,16 @@ class TransformerEngineState:
 
 
 def forget_models() -> None:
-    """Empty Transformer Engine's global buffers, which name the scales and process groups of this process's models."""
+    """Empty Transformer Engine's globals, which name the scales and process groups of this process's models."""
+    from transformer_engine.pytorch import distributed  # pyright: ignore[reportMissingImports]
+    from transformer_engine.pytorch.attention import (  # pyright: ignore[reportMissingImports]
+        dot_product_attention,
+    )
+
     _manager().reset()
+    dot_product_attention._attention_backends["attention_params"] = None  # of the last attention; it is chosen anew
+    for cached in (distributed.get_distributed_world_size, distributed.get_distributed_rank):
+        cached.cache_clear()
 
 
 def _manager() -> Any:
