@@ -7,7 +7,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test invariance parity test-slow test-gpu bench-memory clean
+.PHONY: help setup demo check test invariance parity mutants test-slow test-gpu bench-memory clean
 
 ##@ Set up and run
 help:  ## This list
@@ -35,6 +35,11 @@ invariance: setup  ## Every layout against one process (ARGS="--only CP2", --ful
 parity: setup  ## Model families against transformers (ARGS="--only qwen")
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/python tests/distributed/family_parity.py $(ARGS)
 
+mutants:  ## Break the code one place at a time: the tests must see it (ARGS="optimizer" for listed breaks of that word)
+	@EXTRAS=dev,mutants tools/setup.sh
+	$(TEST_ENV) $(VENV)/python tests/mutations/patches.py $(ARGS)
+	$(if $(ARGS),,$(TEST_ENV) $(VENV)/python tests/mutations/survivors.py)
+
 test-slow: setup  ## The full product of cases
 	$(TEST_ENV) $(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
 
@@ -48,5 +53,5 @@ bench-memory: setup  ## Memory by group size, of log-probabilities: 10 minutes
 
 ##@ House keeping
 clean:  ## Remove .venv, caches and build leftovers (runs/ stays)
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist mutants *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
