@@ -13,7 +13,7 @@ A *score* is what the policy says: ``s = beta * (log pi - log pi_ref)``. The two
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -179,8 +179,3 @@ class Microbatch:
     cu_seqlens: torch.Tensor | None = None
     """[n+1] int32, always on the host: boundaries of packed responses before context parallelism cuts them; None when
     padded."""
-
-    def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Microbatch:
-        """The same with every tensor but ``cu_seqlens``, whose numbers the host reads, moved by ``move``."""
-        names = ("tokens_BS", "position_ids_BS", "hidden_positions_T", "targets_T", "owners_T", "responses_r")
-        return replace(self, **{name: move(getattr(self, name)) for name in names})

@@ -93,6 +93,13 @@ def test_a_record_is_recognised_and_read(name, record, texts, values, labels):
     assert [response.label for response in group.responses] == labels
 
 
+def test_every_schema_has_a_record_that_is_read_and_one_that_is_broken():
+    tested_apart = {"ms_swift", "sft"}  # below: messages, and not to be detected
+    wanted = {schema.name for schema in SCHEMAS} - tested_apart
+    assert {name for name, *_ in CASES} == wanted
+    assert {name for name, *_ in BROKEN_FIELDS} == wanted
+
+
 @pytest.mark.parametrize(("name", "path", "value"), BROKEN_FIELDS)
 def test_a_broken_field_is_refused_with_its_place(name, path, value):
     record = copy.deepcopy(next(case[1] for case in CASES if case[0] == name))
