@@ -1,7 +1,7 @@
 """Writes ``fields.jsonl``: for every field that a test is marked for, the patch that undoes it, and that test.
 
-A field is undone by freezing it: whoever reads it gets one value, its default where it has one. The patch is a decorator
-over the class, so that it also holds on ranks and in worker processes. Run it when a mark or a class has changed.
+A field is undone by freezing it: whoever reads it gets one value, its default where it has one. The patch is a
+decorator over the class, so that it also holds on ranks and in worker processes. Run it when a mark or a class changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
 from test_options import PATCHES, configuration_fields, marks, without_a_patch  # noqa: E402
 
-FROZEN_AT: dict[str, str] = {}
+FROZEN_AT: dict[str, str] = {
+    "DataConfig.seq_length": "64",
+    "OptimizerConfig.lr": "1e-3",
+    "TrainingConfig.global_batch_size": "3",
+    "TrainingConfig.micro_batch_size": "3",
+}
 """Values, as source, for fields without a default, or whose tests use it."""
 SEEN_BY: dict[str, str] = {}
 """Of several marked tests, the one to run; otherwise the first by name."""
