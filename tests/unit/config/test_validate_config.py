@@ -193,6 +193,7 @@ def test_sound_configurations_pass(changes, world_size):
     validate(example(**changes), world_size)
 
 
+@pytest.mark.acts("ModelConfig.attention_dropout", "ModelConfig.hidden_dropout", refused=True)
 @pytest.mark.parametrize(("changes", "world_size", "fragments"), REFUSED, ids=map(name_of, REFUSED))
 def test_contradictions_are_refused(changes, world_size, fragments):
     with pytest.raises(ConfigError) as refusal:

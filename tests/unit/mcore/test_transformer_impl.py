@@ -39,6 +39,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(te_fp8, "transformer_engine_problem", lambda: None)
 
 
+@pytest.mark.acts(
+    "ModelConfig.transformer_impl",
+    reason="which layers a GPU run takes; that they are one model is shown by test_transformer_engine_python.py and tests/gpu",
+)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -119,6 +123,10 @@ def test_what_the_machine_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch)
         kernels.check_kernels(PrecisionConfig(attention_backend="flash", bf16=True), "transformer_engine", CUDA)
 
 
+@pytest.mark.acts(
+    "PrecisionConfig.attention_backend",
+    reason="the value reaches Megatron's configuration; tests/gpu compare every attention packed and padded",
+)
 def test_options_reach_megatrons_configuration():
     from megatron_groupdpo.config import ParallelConfig
     from megatron_groupdpo.mcore.model.build import transformer_config
