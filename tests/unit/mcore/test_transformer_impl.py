@@ -41,7 +41,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.acts(
     "ModelConfig.transformer_impl",
-    reason="which layers a GPU run takes; that they are one model is shown by test_transformer_engine_python.py and tests/gpu",
+    reason="which layers a GPU run takes; test_transformer_engine_python.py shows that they are one model",
 )
 @pytest.mark.parametrize(
     "fields",
@@ -78,6 +78,10 @@ def test_context_parallelism_takes_its_layers_only_where_they_have_it(installed:
     assert choice("auto", context=2, precision={"attention_backend": "local"}) == "transformer_engine"
 
 
+@pytest.mark.acts(
+    "PrecisionConfig.apply_rope_fusion",
+    reason="Megatron takes it with Transformer Engine alone; tests/gpu compare the fused rotation with the plain one",
+)
 @pytest.mark.parametrize(
     ("precision", "named"),
     [

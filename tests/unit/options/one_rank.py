@@ -36,7 +36,7 @@ from megatron_groupdpo.run.loop import train
 from megatron_groupdpo.run.parts import Run
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("config", "objectives")]
-from config_examples import changed
+from config_examples import changed  # noqa: E402
 
 VOCAB_SIZE, SEQ_LENGTH = 23, 12
 TOKENIZER = {
@@ -46,7 +46,7 @@ TOKENIZER = {
 
 
 def write_store(folder: Path, num_groups: int, seed: int) -> Path:
-    """Groups of 2 to 5 ragged responses with values in [0, 1]: one good one, or in every fourth group only good ones."""
+    """Groups of 2 to 5 ragged responses with values in [0, 1]: one good one, in every fourth group only good ones."""
     draw = np.random.default_rng(seed)
     identity = StoreIdentity(tokenizer=TOKENIZER, options={"seq_length": SEQ_LENGTH})
     with whole_folder(folder, overwrite=False) as path, contextlib.closing(StoreWriter(path, identity)) as writer:

@@ -105,5 +105,5 @@ def test_a_tokenizer_that_is_named_must_be_the_stores(one: OneRank, folder: Path
     one.build()
     with pytest.raises(DataError, match=f"{folder}: no such file"):
         one.build(tokenizer_model=str(folder))
-    with pytest.raises(DataError, match="HuggingFaceTokenizer|folder|hub"):
+    with pytest.raises(DataError, match=r"HuggingFaceTokenizer|folder|hub"):
         one.build(tokenizer_model=str(folder), tokenizer_type="HuggingFaceTokenizer")

@@ -12,6 +12,7 @@ import torch
 from one_rank import OneRank
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_groupdpo.data.batches.planner import plan_options
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.generate import SamplingOptions, sample
 from megatron_groupdpo.mcore.model.build import transformer_config
@@ -133,6 +134,17 @@ def test_no_more_rows_of_logits_are_held_than_asked_for(one: OneRank, size: int,
     assert max(rows) == min(size, tokens)
 
 
+@pytest.mark.acts("PrecisionConfig.cuda_graph_length_multiple")
+@pytest.mark.parametrize(("multiple", "lengths"), [(16, [16, 16, 32, 40]), (3, [3, 18, 18, 33])])
+def test_lengths_of_captured_microbatches_are_multiples(multiple: int, lengths: list[int]):
+    """But not beyond the sequence."""
+    precision = PrecisionConfig(cuda_graphs=True, cuda_graph_length_multiple=multiple)
+    options = plan_options(
+        ParallelConfig(), data_parallel_size=1, precision=precision, micro_batch_size=2, seq_length=40
+    )
+    assert [options.stepped(length) for length in (2, 16, 17, 33)] == lengths
+
+
 @pytest.mark.acts("ParallelConfig.moe_token_dispatcher_type")
 @pytest.mark.parametrize(
     ("kind", "name"), [("allgather", "MoEAllGatherTokenDispatcher"), ("alltoall", "MoEAlltoAllTokenDispatcher")]
@@ -162,9 +174,7 @@ def test_the_device_asked_for_is_taken_or_missed(monkeypatch: pytest.MonkeyPatch
     "PrecisionConfig.first_last_layers_bf16",
     "PrecisionConfig.num_layers_at_start_in_bf16",
     "PrecisionConfig.num_layers_at_end_in_bf16",
-    "PrecisionConfig.attention_backend",
     "PrecisionConfig.gradient_accumulation_fusion",
-    "PrecisionConfig.apply_rope_fusion",
     "PrecisionConfig.deterministic_mode",
     reason="the value reaches Megatron's configuration; its effect in numbers is shown by tests/gpu and, where "
     "Transformer Engine's Python is installed, by test_fp8_python.py",
@@ -183,14 +193,13 @@ def test_the_device_asked_for_is_taken_or_missed(monkeypatch: pytest.MonkeyPatch
         ({"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2}, "num_layers_at_start_in_bf16", 2),
         ({"first_last_layers_bf16": True, "num_layers_at_end_in_bf16": 3}, "num_layers_at_end_in_bf16", 3),
         ({"gradient_accumulation_fusion": True}, "gradient_accumulation_fusion", True),
-        ({"apply_rope_fusion": True}, "apply_rope_fusion", True),
         ({"deterministic_mode": True}, "deterministic_mode", True),
     ],
 )
 def test_options_of_a_gpu_reach_megatrons_configuration(given: dict[str, Any], theirs: str, value: Any):
     fp8 = {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "tensorwise"}
     model = ModelConfig(num_layers=6, hidden_size=64, num_attention_heads=2, num_query_groups=2, kv_channels=32)
-    precision = PrecisionConfig(**(given if theirs in ("deterministic_mode", "apply_rope_fusion") else fp8 | given))
+    precision = PrecisionConfig(**(given if theirs == "deterministic_mode" else fp8 | given))
     config = transformer_config(model, ParallelConfig(), precision, fp8_weights=precision.fp8_param_gather)
     assert getattr(config, theirs) == value
 
