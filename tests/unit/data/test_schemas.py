@@ -222,6 +222,7 @@ def test_ms_swift_takes_the_last_message_as_chosen():
         read("ms_swift", {"messages": [user("Q")], "rejected_response": "b"})
 
 
+@pytest.mark.acts("SchemaOptions.score_weights")
 def test_several_scores_are_combined_by_weights():
     record = {
         "instruction": "Q",

@@ -89,6 +89,7 @@ def test_a_question_is_the_prompt_of_answers_in_messages_but_not_of_conversation
     assert [len(response.text) for response in group.responses] == [1, 1]
 
 
+@pytest.mark.acts("SchemaOptions.apply_chat_template")
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
 @pytest.mark.parametrize(("name", "record"), TEXT_FORMS)
 def test_a_system_field_is_the_first_turn(name, record, key):
