@@ -17,6 +17,7 @@ from megatron_groupdpo.config import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.changes import optimizer_changes
 from megatron_groupdpo.config.fp8 import precision_name, reference_precision
 from megatron_groupdpo.convert.hf.hub import is_hub_name
 from megatron_groupdpo.convert.hf.model import is_hf_folder
@@ -26,7 +27,7 @@ from megatron_groupdpo.data.batches.sampler import GroupSampler, Sampler, build_
 from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
-from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration
+from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration, read_common
 from megatron_groupdpo.mcore.checkpoint.training import load_progress, load_training
 from megatron_groupdpo.mcore.fp8.weights import reload_masters
 from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
@@ -92,11 +93,16 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         loss=loss,
         train_iters=train_iters(config),
         weights_from=None if source is None else source.folder,
+        changes=() if source is None or not resumes else tuple(_changes(source.folder, config)),
         tokenizer=tokenizer,
         order=order,
         origin=None if source is None else source.origin(),
         starts_from_reference=starts_from_reference,
     )
+
+
+def _changes(folder: Path, config: TrainConfig) -> list[str]:
+    return optimizer_changes(read_common(folder)["config"].get("yaml"), config)
 
 
 def loss_options(config: TrainConfig) -> LossOptions:
