@@ -23,7 +23,7 @@ from megatron_groupdpo.convert.hf.hub import is_hub_name
 from megatron_groupdpo.convert.hf.model import is_hf_folder
 from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, load_any_policy
 from megatron_groupdpo.data.batches.planner import plan_options
-from megatron_groupdpo.data.batches.sampler import GroupSampler, Sampler, build_sampler
+from megatron_groupdpo.data.batches.sampler import BLENDS, GroupSampler, Sampler, build_sampler
 from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
@@ -55,7 +55,7 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
     if not (config.objective.one_sided_nll and config.objective.nll_coeff):
         check_groups(train_data, config.objective.objective)
     tokenizer = _tokenizer(config, train_data)
-    order = _data_order(config, train_data)
+    order = data_order(config, train_data, source if resumes else None)
     if source is not None:
         if source.hf is None:
             check_source(source.folder, tokenizer, order if resumes else None)
@@ -73,7 +73,7 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         decay_groups=lr_decay_iters(config) * config.training.global_batch_size,
     )
     updater = Updater(optimizer, schedule)
-    train, valid = _sources(config, loss, ranks, policy, train_data, valid_data)
+    train, valid = _sources(config, loss, ranks, policy, train_data, valid_data, blend=order.get("blend", BLENDS[-1]))
     # These may use the policy's own memory, so they come before its weights.
     reference_policy = _resident_reference(config, policy)
     not_probed = _probe(config, policy, train, valid, source)
@@ -165,8 +165,9 @@ def _tokenizer(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
     return made_with | {"kind": named.kind, "model": model}
 
 
-def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
-    return {
+def data_order(config: TrainConfig, data: GroupDataset, resumed: StartWeights | None) -> dict[str, Any]:
+    """What the order of the groups follows from; of a run that goes on, as its checkpoint has it."""
+    order: dict[str, Any] = {
         "stores": [store.digest for store in data.stores],
         "seed": config.training.seed,
         "shuffle": config.data.shuffle,
@@ -174,6 +175,12 @@ def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
         "curriculum": config.data.curriculum,
         "valid_fraction": config.data.valid_fraction,
     }
+    if config.data.data_weights:
+        order["blend"] = BLENDS[-1]
+        saved = None if resumed is None else read_common(resumed.folder)["config"].get("order")
+        if saved is not None and saved.get("blend", BLENDS[0]) in BLENDS:
+            order["blend"] = saved.get("blend", BLENDS[0])  # goes on as it began
+    return order
 
 
 def _weights_to_load(config: TrainConfig) -> tuple[StartWeights | None, bool]:
@@ -262,6 +269,8 @@ def _sources(
     policy: Policy,
     train_data: GroupDataset,
     valid_data: GroupDataset | None,
+    *,
+    blend: int,
 ) -> tuple[BatchSource, BatchSource | None]:
     train_ids, held_out_ids = split_by_prompt(train_data, config.data.valid_fraction)
     plan = plan_options(
@@ -300,6 +309,7 @@ def _sources(
         shuffle=config.data.shuffle,
         weights=config.data.data_weights,
         curriculum=config.data.curriculum,
+        blend=blend,
     )
     train = source(train_data, train_ids, sampler)
     if valid_data is not None:

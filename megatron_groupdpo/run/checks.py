@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_groupdpo import objectives
 from megatron_groupdpo.config import TrainConfig
+from megatron_groupdpo.data.batches.sampler import BLENDS
 from megatron_groupdpo.data.store.reader import GroupDataset
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
 from megatron_groupdpo.mcore.checkpoint.folders import latest_iteration, read_common
@@ -88,6 +89,7 @@ def check_source(source: Path, tokenizer: dict[str, Any], order: dict[str, Any] 
     before = saved.get("order")
     if order is None or before is None:
         return
+    before = {"blend": BLENDS[0]} | before  # a checkpoint older than the number
     differ = [
         f"{name}: checkpoint {before.get(name)}, run {value}"
         for name, value in order.items()

@@ -52,9 +52,7 @@ def _resume(config: TrainConfig, ranks: Any) -> Resumed:
     planned = run.train.batch(run.progress.consumed_groups, config.training.global_batch_size)
     with contextlib.redirect_stdout(io.StringIO()) as output:
         print_start(run, planned)
-    accumulate_gradient(
-        run.policy.engine, planned.microbatches, planned.batch, reference_logps(run, planned), run.loss
-    )
+    accumulate_gradient(run.policy.engine, planned.microbatches, planned.batch, reference_logps(run, planned), run.loss)
     lr = run.updater.lr
     updates = [part.optimizer for part in optimizer_parts(run.updater.optimizer)]
     spies = [_Spy(update, config, lr) for update in updates]

@@ -1,4 +1,4 @@
-"""Optimizer and schedule change freely at a resume: the next update is that of the new flags, and the change is said."""
+"""Optimizer and schedule change freely at a resume: the next update is the new flags', and the change is said."""
 
 from __future__ import annotations
 
@@ -99,9 +99,7 @@ def test_every_field_of_adam_and_the_schedule_holds_from_the_next_update_on(
     [(1, ("--bf16",)), (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"))],
     ids=["bf16", "experts"],
 )
-def test_another_rate_where_groups_lie_deeper(
-    resumed: Callable[..., list[list]], num_ranks: int, flags: Sequence[str]
-):
+def test_another_rate_where_groups_lie_deeper(resumed: Callable[..., list[list]], num_ranks: int, flags: Sequence[str]):
     """Master weights of bf16, and the optimizer that Megatron chains for experts."""
     mixture = ("--num-moe-experts", "4", "--moe-ffn-hidden-size", "16") if num_ranks == 2 else ()
     changes = {change: SCHEDULE[change] for change in ((), ("--lr", "8e-3", "--min-lr", "4e-3"))}
