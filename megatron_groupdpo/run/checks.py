@@ -39,10 +39,16 @@ def check_groups(dataset: GroupDataset, objective: str) -> None:
             "sft": "a positive",
             "weighted_mpo": "a positive, a negative and values",
         }.get(objective, "two distinct values" if description.needs_values else "a positive and a negative")
+        has_values = any(not np.isnan(store.values_R).all() for store in dataset.stores)
+        way_out = (
+            "preprocess with another --partition"
+            if has_values or not description.needs_values
+            # No partition makes values: the records must bring them, which pairs of texts do not.
+            else "preprocess records that give each response a score (of pairs: canonical records, say with 1 and 0)"
+        )
         raise DataError(
             f"{', '.join(str(store.path) for store in dataset.stores)}: objective {objective!r} needs groups with "
-            f"{needs}, and none of {len(dataset)} groups is one; choose another objective, or preprocess with another "
-            "--partition"
+            f"{needs}, and none of {len(dataset)} groups is one; choose another objective, or {way_out}"
         )
 
 

@@ -62,6 +62,16 @@ def test_refused_is_exactly_what_has_no_active_group(data: str, objective: str):
             check_groups(dataset(labels, values), objective)
 
 
+@pytest.mark.parametrize("objective", [name for name, described in OBJECTIVES.items() if described.needs_values])
+def test_data_without_values_are_told_what_gives_them_values(objective: str):
+    """Another --partition, which helps where labels or ties leave nothing, cannot."""
+    with pytest.raises(DataError, match="give each response a score") as refused:
+        check_groups(dataset(*DATA["labels"]), objective)
+    assert "--partition" not in str(refused.value)
+    with pytest.raises(DataError, match="another --partition"):
+        check_groups(dataset([[1, 1]], [[0.5, 0.5]]), objective)
+
+
 def checkpoint_with_order(folder: Path, order: dict[str, Any]) -> Path:
     """What a checkpoint says beside its tensors, and nothing else."""
     import json
