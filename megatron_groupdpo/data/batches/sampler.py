@@ -118,9 +118,9 @@ def _by_deadlines(shares: np.ndarray) -> np.ndarray:
     """[block] int64, the source of each place: after t places a source with n of the block's N groups has had more than
     n t / N - 1 of them and fewer than n t / N + 1.
 
-    That gives its k-th group (from 0) a first place, k N / n rounded down, and a last one, (k + 1) N / n rounded up less
-    1. Of those whose first place has come, the one with the earliest last place is due; if any order keeps all, this
-    does, and one exists (proportionate fairness: Baruah, Cohen, Plaxton and Varvel, 1996).
+    That gives its k-th group (from 0) a first place, k N / n rounded down, and a last one, (k + 1) N / n rounded up
+    less 1. Of those whose first place has come, the one with the earliest last place is due; if any order keeps all,
+    this does, and one exists (proportionate fairness: Baruah, Cohen, Plaxton and Varvel, 1996).
     """
     block = int(shares.sum())
     waiting = [(0, source, 0) for source in range(len(shares))]  # (first place, source, k): a heap
