@@ -80,7 +80,8 @@ def build_parser() -> CommandParser:
         "--partition",
         default="label",
         metavar=_choices(partition.PartitionRule),
-        help="label (default): as the data say; topk: the best values against the worst; threshold; "
+        help="label (default): as the data say; topk: the best values against the worst, in the "
+        "ratio of --positives to --negatives where a group is smaller than both together; threshold; "
         "mean: above against below the group's mean; rank: the best value against the rest; "
         "best-worst: one of the best against one of the worst; random-pair: two of different values",
     )

@@ -22,7 +22,8 @@ class Partition:
     """How responses become positives and negatives."""
 
     rule: PartitionRule = "label"
-    """``label``: as the data say. ``topk``: the ``positives`` best values against the ``negatives`` worst.
+    """``label``: as the data say. ``topk``: the ``positives`` best values against the ``negatives`` worst,
+    fewer in the same ratio in a group that is smaller than both together (:func:`topk_sizes`).
     ``threshold``: value >= ``threshold`` against the rest. ``mean``: above against below the group's mean.
     ``rank``: every response at the best value against the rest. ``best-worst``: one response at the best value
     against one at the worst. ``random-pair``: two responses of different values drawn at random, the better one
