@@ -25,6 +25,7 @@ _MARKERS = (
 _SPEAKER_LINES = r"^(?:Human|User|Assistant): |^### (?:Instruction|Response|Input):"
 ROLE_MARKERS = re.compile("|".join([*map(re.escape, _MARKERS), _SPEAKER_LINES]), re.MULTILINE)
 """Turn markers of the chat templates in use, and of plain-text dialogues."""
+# where no tokenizer says what its own are
 _CONTROL_NAMES = ("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<bos>", "<eos>", "</s>")
 _SENTINEL = "qqqq"
 _JOIN_TOKENS = 8  # tokens decoded on either side of the border between prompt and response
@@ -45,7 +46,7 @@ class TextCheck:
     """Findings of records, and with their tokenizer of a store's groups."""
 
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
-        names = set(_CONTROL_NAMES)
+        names: tuple[str, ...] = _CONTROL_NAMES
         if tokenizer is not None:
             self._tokenizer = tokenizer
             special = [*tokenizer.special_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
@@ -53,7 +54,7 @@ class TextCheck:
             self._is_special_V[special] = True
             self._adds_bos = tokenizer.adds_bos
             self.template_end = _template_end(tokenizer)
-            names |= {name for i in tokenizer.special_ids if len(name := tokenizer.decode([i]).strip()) > 2}
+            names = tuple(name for name in tokenizer.control_names if len(name) > 2) or names
         self._control_names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
     def record(self, record: GroupRecord) -> GroupFindings:
