@@ -156,6 +156,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="the date that a chat template is told (default: the day the store was begun)",
     )
     tokens.add_argument(
+        "--train-on-turn-tail",
+        action="store_true",
+        help="train on what the template writes after an answer's end token too (a line break), as TRL does",
+    )
+    tokens.add_argument(
         "--response-text",
         default="template",
         metavar=_choices(tokenize.ResponseText),
@@ -215,6 +220,7 @@ def _run(args: argparse.Namespace) -> int:
             add_bos=args.add_bos,
             apply_chat_template=args.apply_chat_template,
             prefix_mismatch=args.prefix_mismatch,
+            train_on_turn_tail=args.train_on_turn_tail,
             response_text=args.response_text,
             template_date=args.template_date,
             template_arguments=tokenize.arguments_from(args.chat_template_kwargs),

@@ -22,6 +22,8 @@ Counts = Counter[Reason]
 GROUPS_READ = Reason("groups", "read")
 GROUPS_KEPT = Reason("groups", "kept")
 KEPT_ONE_SIDED = Reason("groups", "kept", "of these one-sided (NLL term only)")
+AS_CHAT = Reason("groups", "kept", "of these by the chat template")
+AS_TEXT = Reason("groups", "kept", "of these as plain text")
 BAD_RECORD = Reason("groups", "dropped", "bad record")
 ONE_SIDED = Reason("groups", "dropped", "one-sided: no positive or no negative response")
 TIED_OUT = Reason("groups", "dropped", "one-sided: ties took a side")
@@ -53,6 +55,7 @@ SAME_TOKENS_AS_OTHER_SIDE = Reason("responses", "dropped", "same tokens as a res
 GROUP_DROPPED = Reason("responses", "dropped", "their group was dropped")
 RESPONSE_CUT = Reason("responses", "truncated", "cut at the end")
 RETOKENIZED = Reason("responses", "changed", "chat template: tokenized in pieces to keep the prompt a prefix")
+SPANNED = Reason("responses", "changed", "a token would span the prompt's end: encoded as after a line break")
 RESPONSE_TRIMMED = Reason("responses", "changed", "white space trimmed by the chat template")
 RESPONSE_NORMALIZED = Reason("responses", "changed", "characters replaced by the tokenizer's normalizer")
 

@@ -140,7 +140,8 @@ def inspect_store(
             "than the sample shows. --limit 0 looks at all"
         )
     if tokenizer is not None:
-        check = TextCheck(tokenizer)
+        made = store.meta["options"].get("tokenize", {})
+        check = TextCheck(tokenizer, has_tails=bool(made.get("train_on_turn_tail")))
         for row in rows.tolist():
             sample = store[row]
             tally.add(str(row), len(sample.response_tokens), check.sample(sample))

@@ -155,6 +155,16 @@ RULES: dict[str, Rule] = {
         unit="groups", above=0.01, what="are plain text, though the tokenizer has a chat template",
         advice="for a chat model, preprocess with --apply-chat-template; for a base model, ignore this",
     ),
+    "mixed-forms": Rule(
+        unit="groups", above=0.0, what="are plain text, and the others are rendered by the chat template (or the other "
+        "way round)",
+        advice="give all records as messages, or preprocess with --apply-chat-template",
+    ),
+    "spanned": Rule(
+        unit="responses", above=0.01, what="begin where a token would span the end of their prompt, so their first "
+        "tokens are not those of the text read as a whole",
+        advice="end the prompts with a line break, and begin the responses with a word",
+    ),
     "no-separator": Rule(
         unit="responses", above=0.5, what="follow their prompt without white space between",
         advice="end the prompts with a line break, or use --apply-chat-template",
@@ -179,6 +189,7 @@ _OF_COUNTS = {
     "same-tokens": (why.SAME_TOKENS, why.SAME_TOKENS_AS_OTHER_SIDE),
     "normalized": (why.RESPONSE_NORMALIZED,),
     "escaped": (why.ESCAPED,),
+    "spanned": (why.SPANNED,),
 }
 """Findings that preprocessing counted, out of what it read."""
 
@@ -242,6 +253,7 @@ def warnings_of(stats: Statistics, seen: Seen, preprocessing: Counts | None) -> 
     if preprocessing is not None:
         unread = why.unread_fields(preprocessing)
         counted = {code: sum(preprocessing[reason] for reason in reasons) for code, reasons in _OF_COUNTS.items()}
+        counted["mixed-forms"] = min(preprocessing[why.AS_CHAT], preprocessing[why.AS_TEXT])
         counted["unread-fields"] = max(unread.values(), default=0)
         passes.append(
             Seen(

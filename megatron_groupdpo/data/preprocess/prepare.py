@@ -106,6 +106,7 @@ class GroupPreparer:
             counts[why.BECAME_ONE_SIDED] += 1
             return None
         counts[why.GROUPS_KEPT] += 1
+        counts[why.AS_CHAT if self._tokenizer.is_chat(record) else why.AS_TEXT] += 1
         counts[why.KEPT_ONE_SIDED] += is_one_sided(labels)
         counts[why.RESPONSES_KEPT] += len(labels)
         counts[why.PROMPT_TOKENS] += len(tokenized.prompt_tokens)

@@ -6,6 +6,7 @@ A turn keeps all its fields, for the chat template; what would change its meanin
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_groupdpo.types import GroupRecord, Message, Text
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a turn's reasoning, which transformers hands to a template under the one it reads."""
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"}
 _REFUSED_SHAREGPT = ("function_call", "observation")
 _FIELDS = {*known.TURN_READ.split()} - {"role", "content", "from", "value", "weight", "loss"}
@@ -189,6 +191,8 @@ def unread_in_turns(group: GroupRecord) -> tuple[str, ...]:
 
 def with_what_stands_beside(group: GroupRecord, record: Record, options: SchemaOptions) -> GroupRecord:
     """The group with the record's earlier turns, system turn, tools and template arguments."""
+    if options.apply_chat_template or not _is_plain(group):
+        group = _with_dialogue(group)
     group = _with_history(group, record, options)
     group = with_system_turn(group, record, options)
     tools = _json(record, "tools", group.where)
@@ -231,6 +235,30 @@ def _needs_template(key: str, given: str, where: str) -> DataError:
         f"{where}: {key} ({show(given)}) is for a chat template, but prompt and responses are plain text; use "
         "--apply-chat-template, or remove the field"
     )
+
+
+def _with_dialogue(group: GroupRecord) -> GroupRecord:
+    """A text prompt that is a dialogue of ``Human:`` and ``Assistant:`` lines (HH-RLHF, Nectar) as turns.
+
+    It begins with ``Human:``, the two take turns, and ``Assistant:`` is its end. A space before an answer goes.
+    """
+    prompt = group.prompt
+    if not isinstance(prompt, str) or not prompt.lstrip().startswith("Human:"):
+        return group
+    _, *parts = _SPEAKER.split(prompt.strip())
+    speakers, said = parts[::2], [part.strip() for part in parts[1::2]]
+    takes_turns = all(speaker == ("Human", "Assistant")[i % 2] for i, speaker in enumerate(speakers))
+    if not takes_turns or len(speakers) % 2 or said[-1]:
+        return group
+    turns = tuple(
+        Message(role="user" if speaker == "Human" else "assistant", content=content)
+        for speaker, content in zip(speakers[:-1], said)
+    )
+    answers = [
+        replace(response, text=response.text.removeprefix(" ")) if isinstance(response.text, str) else response
+        for response in group.responses
+    ]
+    return replace(group, prompt=turns, responses=tuple(answers))
 
 
 def _with_history(group: GroupRecord, record: Record, options: SchemaOptions) -> GroupRecord:

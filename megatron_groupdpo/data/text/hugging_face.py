@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, override
 
+from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import pre_tokenizers
 
 from megatron_groupdpo.data.text.templates import END, NO_INPUTS, START, TemplateInputs, mark, names_pattern, render
@@ -37,6 +38,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"--tokenizer-model {model}: no Hugging Face tokenizer could be loaded ({reason}); "
                 "give a folder with tokenizer.json, or a name the hub can serve"
             ) from None
+        _check_class(self._tokenizer, Path(model).expanduser(), model)
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
         self._model = model
@@ -237,3 +239,23 @@ class HuggingFaceTokenizer(Tokenizer):
     @override
     def save(self, folder: Path) -> None:
         self._tokenizer.save_pretrained(str(folder))
+
+
+_PROBES = ("How many apples?  é\n", " naïve 1,000.5\t日本 🙂 x=[1]", "a")
+
+
+def _check_class(tokenizer: Any, folder: Path, model: str) -> None:
+    """DataError where the class that a folder names gives other ids than the folder's own tokenizer.json."""
+    file = folder / "tokenizer.json"
+    if not file.is_file() or getattr(tokenizer, "backend_tokenizer", None) is None:
+        return
+    own = BackendTokenizer.from_file(str(file))
+    for probe in _PROBES:
+        expected = own.encode(probe, add_special_tokens=False).ids
+        got = tokenizer.encode(probe, add_special_tokens=False)
+        if expected != got:
+            raise DataError(
+                f"--tokenizer-model {model}: its tokenizer_config.json names {type(tokenizer).__name__}, which encodes "
+                f"{probe!r} as {got}, and its tokenizer.json as {expected}; set tokenizer_class to "
+                "PreTrainedTokenizerFast if tokenizer.json is right"
+            )

@@ -101,10 +101,21 @@ def _template_errors(messages: Sequence[Message]) -> Iterator[None]:
 def variables(template: str) -> frozenset[str]:
     """Names that a template reads from its arguments."""
     import jinja2.meta
+
+    return frozenset(jinja2.meta.find_undeclared_variables(_parsed(template)))
+
+
+def reads_clock(template: str) -> bool:
+    """Whether a template asks for the date."""
+    import jinja2
+
+    return any(name.name == "strftime_now" for name in _parsed(template).find_all(jinja2.nodes.Name))
+
+
+def _parsed(template: str) -> Any:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    environment = _compile_jinja_template(template).environment
-    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
+    return _compile_jinja_template(template).environment.parse(template)
 
 
 def check_names(given: Any, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A group of texts to a group of token ids, each prompt being a token prefix of its responses' rows.
 
-Text: prompt and response are encoded apart and joined, so the prefix holds by construction; the beginning token
-leads, the end token closes. Messages: the chat template decides; see ``conversations.py``.
+Text: the ids are those of prompt and response read as one text, wherever the prompt's end falls between two tokens;
+the beginning token leads, the end token closes. Messages: the chat template decides; see ``conversations.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -18,7 +18,13 @@ import numpy as np
 from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.counts import CountedError, Counts
 from megatron_groupdpo.data.text.conversations import Conversations, Rendered
-from megatron_groupdpo.data.text.templates import TemplateInputs, check_arguments, check_names, names_pattern, variables
+from megatron_groupdpo.data.text.templates import (
+    TemplateInputs,
+    check_arguments,
+    check_names,
+    names_pattern,
+    reads_clock,
+)
 from megatron_groupdpo.data.text.tokenizer import Tokenizer, squeezed
 from megatron_groupdpo.errors import ConfigError, DataError, StopError
 from megatron_groupdpo.types import GroupRecord, Text
@@ -26,6 +32,7 @@ from megatron_groupdpo.types import GroupRecord, Text
 LengthPolicy = Literal["drop", "truncate-prompt", "truncate-response", "refuse"]
 AddBos = Literal["auto", "yes", "no"]
 PrefixMismatch = Literal["drop", "error"]
+_BORDER_TOKENS = 8  # how far from its own number of tokens a prompt may end within a longer text
 ResponseText = Literal["template", "verbatim"]
 
 
@@ -47,6 +54,8 @@ class TokenizeOptions:
     """Whether plain text starts with the beginning token; ``auto``: as the tokenizer itself does."""
     apply_chat_template: bool = False
     """Present plain-text prompts and responses as a user and an assistant turn."""
+    train_on_turn_tail: bool = False
+    """Whether what the template writes between an answer's end token and the next turn (a line break) is trained."""
     prefix_mismatch: PrefixMismatch = "drop"
     """A response whose rendered conversation does not start with the rendered prompt."""
     response_text: ResponseText = "template"
@@ -78,7 +87,7 @@ class TokenizeOptions:
 def asks_for_date(tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer's chat template reads the clock."""
     try:
-        return "strftime_now" in variables(tokenizer.chat_source)
+        return reads_clock(tokenizer.chat_source)
     except DataError:  # no template
         return False
 
@@ -158,7 +167,7 @@ class GroupTokenizer:
         if self._is_empty(record.prompt):
             counts[why.EMPTY_PROMPT] += 1
             return None
-        is_chat = self._options.apply_chat_template or any(not isinstance(text, str) for text in texts)
+        is_chat = self.is_chat(record)
         if not is_chat:
             self._check_is_plain(record)
         if self._controls is not None and not record.is_rendered and any(map(self._spells_control, texts)):
@@ -168,6 +177,11 @@ class GroupTokenizer:
         if rows is None:
             return None
         return self._fit(rows, record.where, counts)
+
+    def is_chat(self, record: GroupRecord) -> bool:
+        """Whether the group is rendered by the chat template."""
+        texts = (record.prompt, *(response.text for response in record.responses))
+        return self._options.apply_chat_template or any(not isinstance(text, str) for text in texts)
 
     def _is_empty(self, text: Text) -> bool:
         """Whether there is nothing to read: white space, or what the tokenizer leaves out (a zero-width space)."""
@@ -227,15 +241,43 @@ class GroupTokenizer:
             kept.append(index)
         if record.is_rendered:
             return self._rendered_rows(texts, kept)
-        prompt, *encoded = self._tokenizer.encode_many(texts)
+        prompt = self._tokenizer.encode(texts[0])
         if not self._leading and not prompt:
             counts[why.EMPTY_PROMPT] += 1
             return None
         responses = tuple(
             TokenizedResponse(index=index, tokens=_int32([*tokens, self._eos_id]))
-            for index, tokens in zip(kept, encoded)
+            for index, tokens in zip(kept, self._after(texts[0], prompt, texts[1:], counts))
         )
         return TokenizedGroup(prompt_tokens=_int32(self._leading + prompt), responses=responses)
+
+    def _after(self, prompt: str, prompt_ids: list[int], texts: Sequence[str], counts: Counts) -> list[list[int]]:
+        """Ids of each text as they are after the prompt.
+
+        Where a token would span the prompt's end, the text is encoded as after a line break: by itself, but without
+        the space that some tokenizers put before the first word of a text.
+        """
+        found = []
+        for text, whole in zip(texts, self._tokenizer.encode_many([prompt + text for text in texts])):
+            border = self._border(whole, prompt_ids)
+            if border is None:
+                counts[why.SPANNED] += 1
+            found.append(self._after_break(text) if border is None else whole[border:])
+        return found
+
+    def _border(self, whole: list[int], prompt_ids: list[int]) -> int | None:
+        """Where the prompt ends in the ids of prompt and response; None where a token spans its end."""
+        num = len(prompt_ids)
+        if whole[:num] == prompt_ids and len(whole) > num:
+            return num
+        text = self._tokenizer.decode(prompt_ids)
+        near = range(max(1, num - _BORDER_TOKENS), min(len(whole) - 1, num + _BORDER_TOKENS) + 1)
+        return next((i for i in near if self._tokenizer.decode(whole[:i]) == text), None)
+
+    def _after_break(self, text: str, encode: Callable[[str], list[int]] | None = None) -> list[int]:
+        encode = encode or self._tokenizer.encode
+        line_break, ids = encode("\n"), encode("\n" + text)
+        return ids[len(line_break) :] if ids[: len(line_break)] == line_break else encode(text)
 
     def _rendered_rows(self, texts: Sequence[str], kept: Sequence[int]) -> TokenizedGroup:
         """Rows of a chat template's own output: beginning and end tokens only where it has none."""
@@ -288,18 +330,22 @@ class GroupTokenizer:
         in_pieces = any(whole[: len(head)] != head for head in heads)
         if in_pieces:
             edges = [0, *borders, len(text)]
-            pieces = [encode(text[a:b]) for a, b in itertools.pairwise(edges)]
+            first, *rest = [text[a:b] for a, b in itertools.pairwise(edges)]
+            pieces = [encode(first), *(self._after_break(piece, encode) if piece else [] for piece in rest)]
             whole = [token for piece in pieces for token in piece]
             cuts = list(itertools.accumulate(len(piece) for piece in pieces))[: len(borders)]
         else:
             cuts = [len(head) for head in heads]
         start = cuts[0]
         mask = np.zeros(len(whole) - start, dtype=bool)
+        has_end = False
         for first, last, is_trained in zip(cuts[::2], cuts[1::2], rendered.trained):
-            mask[first - start : self._end_of_turn(whole, first, last) - start] = is_trained
+            stop = self._end_of_turn(whole, first, last)
+            has_end = stop > first and whole[stop - 1] in self._special_ids
+            mask[first - start : (last if self._options.train_on_turn_tail else stop) - start] = is_trained
         end = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else 0
         tokens, mask = whole[start : start + end], mask[:end]
-        if not tokens or tokens[-1] not in self._special_ids:
+        if not tokens or not has_end:
             tokens = [*tokens, self._eos_id]
             mask = np.append(mask, True)
         return _int32(tokens), None if mask.all() else mask, in_pieces

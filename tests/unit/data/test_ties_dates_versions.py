@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -116,15 +117,22 @@ def dated(tmp_path: Path, write_lines) -> Callable[..., TokenStore]:
         )
         monkeypatch.setattr(pipeline, "_CHUNK_RECORDS", 1)
 
-        def on_progress(num: int) -> None:
-            if stop and num:
-                raise KeyboardInterrupt
-
-        listeners = Listeners(on_progress=on_progress)
+        listeners = Listeners(on_progress=stopping_at(2)) if stop else None
         preprocess([str(source)], tmp_path / "out", options, listeners=listeners, commit_seconds=0, **more)
         return TokenStore.open(tmp_path / "out")
 
     return make
+
+
+def stopping_at(call: int) -> Callable[[int], None]:
+    """A listener that interrupts at its n-th call; the records of the calls before are on the disk."""
+    calls = itertools.count(1)
+
+    def on_progress(num_records: int) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+
+    return on_progress
 
 
 def prompts(store: TokenStore) -> set[str]:
@@ -144,8 +152,8 @@ def test_a_store_has_the_date_it_was_begun_on_or_was_told(dated, monkeypatch):
 
 def test_a_store_resumed_on_another_day_keeps_its_date(dated, monkeypatch):
     whole = dated(monkeypatch, "2031-02-03").digest
-    with pytest.raises(KeyboardInterrupt):
-        for day in ("2031-02-03", "2031-02-04"):
+    for day in ("2031-02-03", "2031-02-04"):
+        with pytest.raises(KeyboardInterrupt):
             dated(monkeypatch, day, overwrite=True, stop=True)
     store = dated(monkeypatch, "2031-02-05", overwrite=True)
     assert prompts(store) == {"03 Feb 2031"}
@@ -167,13 +175,8 @@ def test_half_a_store_of_another_rendering_is_refused_and_kept(build, write_line
     source = write_lines([{"prompt": "q", "chosen": "a", "rejected": f"b{i}"} for i in range(4)])
     monkeypatch.setattr(pipeline, "_CHUNK_RECORDS", 1)
 
-    def interrupt(num: int) -> None:
-        if num:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        for _ in range(2):
-            build(source, listeners=Listeners(on_progress=interrupt), commit_seconds=0)
+        build(source, listeners=Listeners(on_progress=stopping_at(2)), commit_seconds=0)
     journal = tmp_path / ".store.partial" / "journal.json"
     left = json.loads(journal.read_text())
     assert left["identity"]["options"]["rendering"] == RENDERING
