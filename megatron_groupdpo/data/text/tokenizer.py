@@ -16,6 +16,7 @@ from typing import Literal, Protocol, get_args, override
 
 import sentencepiece
 
+<<<<<<< HEAD
 from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face, user_defined_symbols
 from megatron_groupdpo.data.text.templates import (
     NO_INPUTS,
@@ -26,6 +27,8 @@ from megatron_groupdpo.data.text.templates import (
     render,
     unmarked,
 )
+=======
+>>>>>>> main
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import Message
 
@@ -311,6 +314,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def save(self, folder: Path) -> None:
+        from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face
+
         export_to_hugging_face(self._file, folder, add_bos=self.adds_bos, chat_template=self._template)
 
 
