@@ -16,8 +16,6 @@ from typing import Literal, Protocol, get_args, override
 
 import sentencepiece
 
-<<<<<<< HEAD
-from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face, user_defined_symbols
 from megatron_groupdpo.data.text.templates import (
     NO_INPUTS,
     TemplateInputs,
@@ -27,8 +25,6 @@ from megatron_groupdpo.data.text.templates import (
     render,
     unmarked,
 )
-=======
->>>>>>> main
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import Message
 
@@ -286,6 +282,8 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def _written_symbols(self) -> re.Pattern[str] | None:
         """User-defined symbols of the template, which are read from any text."""
+        from megatron_groupdpo.data.text.sentencepiece_export import user_defined_symbols
+
         template = self._template or ""
         return names_pattern([symbol for symbol in user_defined_symbols(self._file) if symbol in template])
 
