@@ -50,9 +50,10 @@ def turns(*contents: str, start: str = "user") -> tuple[Message, ...]:
 def test_text_is_prompt_then_response_then_end(plain):
     group, _ = tokenize(plain, "Anna has 3 apples;", " how\nmany?", "Yes")
     assert group.prompt_tokens.tolist() == [plain.bos_id, *plain.encode("Anna has 3 apples;")]
+    num_prompt = len(plain.encode("Anna has 3 apples;"))
     assert [r.tokens.tolist() for r in group.responses] == [
-        [*plain.encode(" how\nmany?"), plain.eos_id],
-        [*plain.encode("Yes"), plain.eos_id],
+        [*plain.encode("Anna has 3 apples; how\nmany?")[num_prompt:], plain.eos_id],
+        [*plain.encode("Anna has 3 apples;Yes")[num_prompt:], plain.eos_id],
     ]
     assert all(response.mask is None for response in group.responses)
     assert group.prompt_tokens.dtype == group.responses[0].tokens.dtype == np.int32
