@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import runpy
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -30,6 +36,33 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return ROOT
+
+
+def run_tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """What a command of ``tools/`` answers, run in this process."""
+
+    def leave(status: int) -> None:
+        raise SystemExit(status)
+
+    command = [str(ROOT / "tools" / f"{name}.py"), *map(str, words)]
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    kept = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        patch.setattr(os, "_exit", leave)
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            try:
+                runpy.run_path(command[0], run_name="__main__")
+            except SystemExit as end:
+                status = int(end.code or 0)
+    signal.signal(signal.SIGTERM, kept)
+    return subprocess.CompletedProcess(command, status, output.getvalue(), errors.getvalue())
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``tool("inspect_data", *words)``, where the process is not the point: a new one imports for seconds."""
+    return run_tool
 
 
 @pytest.fixture(scope="session")
