@@ -9,11 +9,15 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from megatron_groupdpo.mcore.setup import Ranks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -82,3 +86,18 @@ def real_data() -> Callable[[str], Path]:
         return path
 
     return path_or_skip
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[Ranks]:
+    """This process as the only rank of a run on the CPU: for units that need Megatron's groups, and for mutants."""
+    from megatron_groupdpo.config import ParallelConfig
+    from megatron_groupdpo.mcore.setup import initialize, shut_down
+
+    launch = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in (launch | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
+            environment.setenv(name, value)
+        ranks = initialize(ParallelConfig(device="cpu"), seed=7)
+        yield ranks
+        shut_down()

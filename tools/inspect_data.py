@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from megatron_groupdpo.config import CommandParser
 from megatron_groupdpo.data.inspect import show
 from megatron_groupdpo.data.inspect.inspection import Records, inspect_records, inspect_store, num_looked_at
 from megatron_groupdpo.data.inspect.report import report
@@ -40,16 +41,11 @@ examples:
 COMMANDS = ("stats", "show")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line; ``stats`` is meant where no command is given."""
-    parser = argparse.ArgumentParser(
-        prog="inspect_data.py",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="inspect_data.py", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{stats,show}")
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = CommandParser(add_help=False)
     common.add_argument(
         "source",
         nargs="+",
@@ -62,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--tokenizer-model", metavar="PATH", help="where a store's tokenizer is now; its digest must match"
     )
-    stats = commands.add_parser("stats", parents=[common], allow_abbrev=False, help="statistics and warnings (default)")
+    stats = commands.add_parser("stats", parents=[common], help="statistics and warnings (default)")
     stats.add_argument("--plot", type=Path, metavar="FILE", help="histograms, as .png or .html")
     stats.add_argument("--json", action="store_true", help="print JSON instead of text")
     stats.add_argument(
@@ -73,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("--seed", type=int, metavar="N", help="of the sample of a store (default 0)")
     stats.add_argument("--verify", action="store_true", help="only compare every file of the store with its digest")
-    one = commands.add_parser("show", parents=[common], allow_abbrev=False, help="print groups")
+    one = commands.add_parser("show", parents=[common], help="print groups")
     which = one.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, nargs="+", metavar="I", help="by number, from 0")
     which.add_argument("--where", metavar="FILE:LINE", help="by the record it came from")

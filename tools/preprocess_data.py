@@ -11,6 +11,7 @@ from typing import get_args
 
 from tqdm import tqdm
 
+from megatron_groupdpo.config import CommandParser
 from megatron_groupdpo.data.counts import summary_table
 from megatron_groupdpo.data.files.reader import count_records, expand_inputs
 from megatron_groupdpo.data.preprocess import partition
@@ -32,15 +33,9 @@ command goes on where it was.
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="preprocess_data.py", description=__doc__, epilog=EXAMPLE)
     files = parser.add_argument_group("files")
     files.add_argument(
         "--input",
@@ -163,10 +158,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that clean-up runs
     try:
-        return _run(args)
+        return _run(build_parser().parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

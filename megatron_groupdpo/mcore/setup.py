@@ -99,8 +99,9 @@ def initialize(parallel: ParallelConfig, *, seed: int, deterministic: bool = Fal
         host_device.activate()
     else:
         torch.cuda.set_device(device)
-        # Megatron's overlap of communication and computation relies on one hardware queue per context.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron's overlap of communication and computation relies on one hardware queue per context. On the CPU nothing
+    # does, but Megatron asks for it there as well.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         dist.init_process_group(
             backend="gloo" if device.type == "cpu" else "nccl",

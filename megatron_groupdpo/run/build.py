@@ -18,8 +18,8 @@ from megatron_groupdpo.config import (
     train_iters,
 )
 from megatron_groupdpo.config.fp8 import precision_name, reference_precision
+from megatron_groupdpo.convert.hf.folder import is_hf_folder
 from megatron_groupdpo.convert.hf.hub import is_hub_name
-from megatron_groupdpo.convert.hf.model import is_hf_folder
 from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, load_any_policy
 from megatron_groupdpo.data.batches.planner import plan_options
 from megatron_groupdpo.data.batches.sampler import GroupSampler, Sampler, build_sampler
@@ -268,7 +268,9 @@ def _sources(
         attention_cost=attention_cost(policy.model),
     )
 
-    def source(dataset: GroupDataset, group_ids: np.ndarray, sampler: Sampler) -> BatchSource:
+    def source(
+        dataset: GroupDataset, group_ids: np.ndarray, sampler: Sampler, *, every_response: bool = False
+    ) -> BatchSource:
         return BatchSource(
             dataset,
             group_ids,
@@ -279,7 +281,11 @@ def _sources(
             context_parallel_rank=ranks.cp_group.rank(),
             seed=config.training.seed,
             reference=open_reference(config, dataset),
+            every_response=every_response,
         )
+
+    def held_out(dataset: GroupDataset, group_ids: np.ndarray) -> BatchSource:
+        return source(dataset, group_ids, GroupSampler(len(group_ids), seed=0, shuffle=False), every_response=True)
 
     sampler = build_sampler(
         train_data,
@@ -291,11 +297,8 @@ def _sources(
     )
     train = source(train_data, train_ids, sampler)
     if valid_data is not None:
-        valid_ids = np.arange(len(valid_data))
-        return train, source(valid_data, valid_ids, GroupSampler(len(valid_ids), seed=0, shuffle=False))
-    if len(held_out_ids):
-        return train, source(train_data, held_out_ids, GroupSampler(len(held_out_ids), seed=0, shuffle=False))
-    return train, None
+        return train, held_out(valid_data, np.arange(len(valid_data)))
+    return train, held_out(train_data, held_out_ids) if len(held_out_ids) else None
 
 
 def open_reference(config: TrainConfig, dataset: GroupDataset) -> ReferenceLogProbs | None:

@@ -228,7 +228,8 @@ def _steps(case: Case, num_steps: int, *, load: Path | None, save: Path | None) 
 def suite_points(names: Sequence[str], sizes: Mapping[str, Any] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Parts of the GPU suite on toy sizes, or on ``sizes``, in its layers, with the recipes of one generation."""
     import gpu_step
-    from gpu_parts import PARTS, Context
+    from gpu_context import Context
+    from gpu_parts import PARTS
 
     kept = gpu_step.refusal, dict(gpu_step._TINY)
 

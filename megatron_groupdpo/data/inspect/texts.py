@@ -1,6 +1,6 @@
 """What can be wrong with one group's texts and tokens: template mistakes, duplicates, empty responses.
 
-A *finding* is a code of ``inspect_warnings.RULES`` with the number of groups or responses of this group it was met in.
+A *finding* is a code of ``warnings.RULES`` with the number of groups or responses of this group it was met in.
 """
 
 from __future__ import annotations

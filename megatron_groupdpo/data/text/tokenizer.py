@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol, get_args, override
 
 import sentencepiece
 
-from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import Message
 
@@ -209,6 +208,8 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def save(self, folder: Path) -> None:
+        from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face
+
         export_to_hugging_face(self._file, folder, add_bos=self.adds_bos, chat_template=self._template)
 
 

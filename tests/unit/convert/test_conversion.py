@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config.load import Given
 from megatron_groupdpo.convert import verify
 from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, export_hf
-from megatron_groupdpo.convert.hf.files import INDEX, HfWeights
+from megatron_groupdpo.convert.hf.files import HfWeights
+from megatron_groupdpo.convert.hf.folder import INDEX
 from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.hf.model_section import complete_model_section
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
@@ -26,6 +28,7 @@ from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, impor
 from megatron_groupdpo.convert.tensors.megatron_names import canonical_name, megatron_tensors
 from megatron_groupdpo.convert.weights.loading import key_of, load_hf_weights, policy_shards
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks
 
@@ -189,7 +192,12 @@ def test_a_checkpoint_imported_in_bf16_loads_in_fp32_and_bf16(hf_models: HfModel
 
 def test_the_precision_of_the_router_is_the_runs_own(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     folder, out = hf_models("mixtral"), tmp_path / "out"
-    given = {("checkpoint", "load"): str(folder), ("model", "moe_router_dtype"): "fp32"}
+    # A command line without the fields that every run must give is refused before the model is looked at.
+    given: Given = {("checkpoint", "load"): str(folder), ("model", "moe_router_dtype"): "fp32"}
+    with pytest.raises(ConfigError, match=r"required and not given: data_path \(data\)"):
+        complete_model_section(given)
+    required = {("data", "data_path"): ("store",), ("data", "seq_length"): 64}
+    given |= required | {("optimizer", "lr"): 1e-3, ("training", "global_batch_size"): 2}
     assert complete_model_section(given)["model", "moe_router_dtype"] == "fp32"
     source = open_hf_model(folder)
     model = dataclasses.replace(source.model, moe_router_dtype="fp32")

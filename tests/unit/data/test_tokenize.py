@@ -128,6 +128,24 @@ def test_only_the_assistants_turns_count(chat_folder):
     assert ends.sum() == 2, "each of the assistant's turns keeps its end token"
 
 
+def test_the_end_token_of_a_template_without_one_is_appended_and_trained(tmp_path):
+    """Also where a context turn is masked, so that the response has a mask at all."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer = hugging_face(make_folder(tmp_path, template, ["<user>", "<assistant>", "</s>"], None, "</s>"))
+    response = turns("First.", "And then?", "Last 12.", start="assistant")
+    group, _ = tokenize(tokenizer, turns("Go on"), response, turns("Done.", start="assistant"))
+    masked, whole = group.responses
+    for row in (masked, whole):
+        assert row.tokens[-1] == tokenizer.eos_id
+        assert (row.tokens == tokenizer.eos_id).sum() == 1
+    assert whole.mask is None
+    assert tokenizer.decode(masked.tokens[masked.mask]) == tokenizer.decode(
+        [*tokenizer.encode("First."), *tokenizer.encode("Last 12."), tokenizer.eos_id]
+    )
+    assert masked.mask[-1]
+
+
 def test_plain_text_is_wrapped_on_request_and_beside_messages(chat_folder):
     tokenizer = hugging_face(chat_folder)
     expected, _ = tokenize(tokenizer, turns("Q?"), turns("A.", start="assistant"))
