@@ -32,6 +32,48 @@ def _why_no_gpu() -> str | None:
     return f"no CUDA device (torch {torch.__version__}, {build})"
 
 
+LONGEST = (
+    "te",
+    "distributed/test_layout_invariance.py",
+    "distributed/test_proofs.py",
+    "distributed/test_reference.py",
+    "distributed/test_resume.py",
+    "distributed/test_gradient.py",
+    "distributed/test_cuda_graphs.py",
+    "distributed/test_gpu_suite.py",
+    "distributed/test_command_line.py",
+    "distributed/test_clean_output.py",
+)
+"""Groups that take longest, in the order in which they are begun, so that no long one is left to the end."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A worker takes a group at a time: a file, or all tests of the ranks that have Transformer Engine."""
+    begun: set[tuple[str, str]] = set()
+    groups: dict[pytest.Item, str] = {}
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        groups[item] = group = "te" if "te_pool" in getattr(item, "fixturenames", ()) else path
+        if config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(group))
+        if _is_fast(item, path, begun):
+            item.add_marker(pytest.mark.fast)
+    order = {group: place for place, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: (order.get(groups[item], len(order)), groups[item]))
+
+
+def _is_fast(item: pytest.Item, path: str, begun: set[tuple[str, str]]) -> bool:
+    """Cheap units, and of the tests on several ranks the first case of each that is neither slow nor costly."""
+    if any(item.get_closest_marker(name) for name in ("slow", "costly", "gpu")):
+        return False
+    law = (path, getattr(item, "originalname", item.name))
+    if path.startswith("distributed/") and law in begun:
+        return False
+    begun.add(law)
+    return True
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
         pytest.skip(reason)
