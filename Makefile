@@ -3,8 +3,8 @@ SHELL := /bin/sh
 VENV := .venv/bin
 # One thread a process: the multi-rank tests start several, and more would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# Two workers, groups of tests in the order that tests/conftest.py gives them: the longest first.
-PYTEST = $(VENV)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+# Two workers; each takes the next group of tests, the longest first (tests/conftest.py).
+PYTEST = $(VENV)/python -m pytest -n 2 --dist loadfile
 SLOW_LIMIT ?= 60m
 # Extra words for the demo or for pytest: make demo ARGS="--seed 1", make test ARGS="-k loss -x"
 ARGS ?=

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -33,7 +33,7 @@ def _why_no_gpu() -> str | None:
 
 
 LONGEST = (
-    "te",
+    "with Transformer Engine",
     "distributed/test_layout_invariance.py",
     "distributed/test_proofs.py",
     "distributed/test_reference.py",
@@ -45,30 +45,54 @@ LONGEST = (
     "distributed/test_clean_output.py",
 )
 """Groups that take longest, in the order in which they are begun, so that no long one is left to the end."""
+WITH_TRANSFORMER_ENGINE = {
+    "distributed/test_fp8_python.py",
+    "distributed/test_transformer_engine_python.py",
+}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A worker takes a group at a time: a file, or all tests of the ranks that have Transformer Engine."""
-    begun: set[tuple[str, str]] = set()
-    groups: dict[pytest.Item, str] = {}
+def group_of(nodeid: str) -> str:
+    """What a worker takes at a time: a file, or all tests whose ranks have Transformer Engine."""
+    path = nodeid.split("::")[0].removeprefix("tests/")
+    return LONGEST[0] if path in WITH_TRANSFORMER_ENGINE else path
+
+
+def _place(item: pytest.Item) -> tuple[int, str]:
+    group = group_of(item.nodeid)
+    return LONGEST.index(group) if group in LONGEST else len(LONGEST), group
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put groups in their order, and mark what is fast."""
+    begun: set[str] = set()
     for item in items:
-        path = item.path.relative_to(ROOT / "tests").as_posix()
-        groups[item] = group = "te" if "te_pool" in getattr(item, "fixturenames", ()) else path
-        if config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(group))
-        if _is_fast(item, path, begun):
+        if _is_fast(item, begun):
             item.add_marker(pytest.mark.fast)
-    order = {group: place for place, group in enumerate(LONGEST)}
-    items.sort(key=lambda item: (order.get(groups[item], len(order)), groups[item]))
+    items.sort(key=_place)
 
 
-def _is_fast(item: pytest.Item, path: str, begun: set[tuple[str, str]]) -> bool:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Groups to workers, in the order in which they were collected. xdist 3.8's own groups fail under pytest 9.1."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    if config.getoption("dist") != "loadfile":
+        return None
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+def _is_fast(item: pytest.Item, begun: set[str]) -> bool:
     """Cheap units, and of the tests on several ranks the first case of each that is neither slow nor costly."""
     if any(item.get_closest_marker(name) for name in ("slow", "costly", "gpu")):
         return False
-    law = (path, getattr(item, "originalname", item.name))
-    if path.startswith("distributed/") and law in begun:
+    law, _, _case = item.nodeid.partition("[")
+    if law.startswith("tests/distributed/") and law in begun:
         return False
     begun.add(law)
     return True
