@@ -347,19 +347,18 @@ def test_a_comparison_fails_above_its_tolerance_and_on_numbers_that_are_none(tmp
     assert report["max_difference"] is None
 
 
-def test_the_command_exits_with_1_and_one_line(repository: Path, hf_models: Callable[..., Path], tmp_path: Path):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, str(repository / "tools" / "convert_checkpoint.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-
-    absent = run("import", "--hf", str(tmp_path / "absent"), "--save", str(tmp_path / "out"))
+def test_the_command_exits_with_1_and_one_line(
+    tool: Callable[..., Any], repository: Path, hf_models: Callable[..., Path], tmp_path: Path
+):
+    absent = tool("convert_checkpoint", "import", "--hf", tmp_path / "absent", "--save", tmp_path / "out")
     assert absent.returncode == 1
     assert absent.stderr == f"error: {tmp_path / 'absent'} does not exist; give the folder of a Hugging Face model\n"
+    # In a process of its own, which ends without an end of its process groups.
     report = tmp_path / "report.json"
-    verified = run(
-        "verify", "--hf", str(hf_models("llama-tied")), "--tolerance", "1e-12", "--num-sequences", "2",
-        "--report", str(report),
-    )  # fmt: skip
+    verify = [sys.executable, str(repository / "tools" / "convert_checkpoint.py"), "verify"]
+    verify += ["--hf", str(hf_models("llama-tied")), "--tolerance", "1e-12", "--num-sequences", "2"]
+    command = [*verify, "--report", str(report)]
+    verified = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert verified.returncode == 1
     assert "differ by more than 1e-12" in verified.stderr
     assert "Traceback" not in verified.stderr

@@ -5,10 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -263,37 +259,26 @@ def test_the_worked_answers_go_through_as_sft(real_data, build):
 # The command -------------------------------------------------------------------------------------------------
 
 
-def run_command(repository: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/preprocess_data.py", *map(str, arguments)],
-        cwd=repository,
-        env=os.environ | {"PYTHONPATH": str(repository)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_the_command_builds_a_store_and_sums_up(repository, write_lines, sentencepiece_model, tmp_path):
+def test_the_command_builds_a_store_and_sums_up(tool, write_lines, sentencepiece_model, tmp_path):
     path = write_lines([scored("A", 3, 1, 2), scored("B", 1, 1, 1)])
     arguments = ["--input", path, "--output", tmp_path / "out", "--seq-length", 64, "--partition", "mean"]
     arguments += ["--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", sentencepiece_model]
-    result = run_command(repository, *arguments)
+    result = tool("preprocess_data", *arguments)
     assert result.returncode == 0, result.stderr
     assert f"{path}: schema on_policy" in result.stderr
     assert "tied at the boundary" in result.stdout
     assert len(TokenStore.open(tmp_path / "out")) == 1
-    again = run_command(repository, *arguments)
+    again = tool("preprocess_data", *arguments)
     assert again.returncode == 1
     assert "error: " in again.stderr
     assert "--overwrite" in again.stderr
     assert "Traceback" not in again.stderr
 
 
-def test_the_command_leaves_nothing_after_an_error(repository, write_lines, sentencepiece_model, tmp_path):
+def test_the_command_leaves_nothing_after_an_error(tool, write_lines, sentencepiece_model, tmp_path):
     path = write_lines([*[labelled(f"{i}", 1, -1) for i in range(100)], '{"prompt": '])
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", sentencepiece_model]
-    result = run_command(repository, "--input", path, "--output", tmp_path / "out", "--seq-length", 64, *tokenizer)
+    result = tool("preprocess_data", "--input", path, "--output", tmp_path / "out", "--seq-length", 64, *tokenizer)
     assert result.returncode == 1
     assert f"error: {path}:101: broken JSON" in result.stderr
     assert "Traceback" not in result.stderr

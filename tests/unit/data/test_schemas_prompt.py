@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -160,22 +157,16 @@ def test_an_answer_number_is_spelled_one_way(key):
     assert len(read("reward", {**record, key: None, "A2": None, "A10": "d", "score_A10": 3}).responses) == 3
 
 
-def test_the_command_renders_the_system_field_or_refuses_it(repository, write_lines, sentencepiece_model, tmp_path):
+def test_the_command_renders_the_system_field_or_refuses_it(tool, write_lines, sentencepiece_model, tmp_path):
     records = write_lines([{"system": "Talk like a pirate.", "question": "What is 2 + 2?", **PAIR}])
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     arguments = ["--input", records, "--output", tmp_path / "out", "--seq-length", 256, "--chat-template", template]
     arguments += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", sentencepiece_model]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "tools/preprocess_data.py", *map(str, arguments), *more]
-        env = os.environ | {"PYTHONPATH": str(repository)}
-        return subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True, timeout=300)
-
-    refused = run()
+    refused = tool("preprocess_data", *arguments)
     assert refused.returncode == 1
     assert f"error: {records}:1: system ('Talk like a pirate.') is a chat turn" in refused.stderr
     assert not (tmp_path / "out").exists()
-    rendered = run("--apply-chat-template")
+    rendered = tool("preprocess_data", *arguments, "--apply-chat-template")
     assert rendered.returncode == 0, rendered.stderr
     assert len(TokenStore.open(tmp_path / "out")) == 1
