@@ -3,11 +3,14 @@ SHELL := /bin/sh
 VENV := .venv/bin
 # One thread a process: the multi-rank tests start several, and more would fight over the cores.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+# Two workers; each takes the next group of tests, the longest first (tests/conftest.py).
+PYTEST = $(VENV)/python -m pytest -n 2 --dist loadfile
+SLOW_LIMIT ?= 60m
 # Extra words for the demo or for pytest: make demo ARGS="--seed 1", make test ARGS="-k loss -x"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test invariance parity mutants test-slow test-gpu bench-memory clean
+.PHONY: help setup demo check test test-fast invariance parity mutants test-slow test-gpu bench-memory clean
 
 ##@ Set up and run
 help:  ## This list
@@ -26,8 +29,11 @@ check: setup  ## Format, lint and types
 	$(VENV)/ruff check .
 	$(VENV)/pyright
 
-test: setup check  ## check, then the unit tests and the multi-rank CPU tests
-	$(TEST_ENV) $(VENV)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu" $(ARGS)
+test: setup check  ## check, unit tests, multi-rank CPU tests: 12 minutes
+	$(TEST_ENV) $(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-fast: setup check  ## check, cheap units, a case of each law: 3 minutes
+	$(TEST_ENV) $(PYTEST) -m "fast and not slow and not gpu" $(ARGS)
 
 invariance: setup  ## Every layout against one process (ARGS="--only CP2", --full)
 	@OMP_NUM_THREADS=1 $(VENV)/python tests/distributed/matrix.py $(ARGS)
@@ -40,8 +46,8 @@ mutants:  ## Break the code: the tests must see it (ARGS="a word": some)
 	$(TEST_ENV) $(VENV)/python tests/mutations/patches.py $(ARGS)
 	$(if $(ARGS),,$(TEST_ENV) $(VENV)/python tests/mutations/survivors.py)
 
-test-slow: setup  ## The full product of cases
-	$(TEST_ENV) $(VENV)/python -m pytest -m "slow and not gpu" $(ARGS)
+test-slow: setup  ## The full product of cases; ended after SLOW_LIMIT=60m
+	$(TEST_ENV) timeout -s INT $(SLOW_LIMIT) $(PYTEST) -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(if $(NO_VENV),,setup)  ## GPU tests, measurements (NO_VENV=1 PYTHON=...: no .venv)
 	@PYTHON=$(if $(NO_VENV),$(or $(PYTHON),python3),$(VENV)/python) benchmarks/gpu_suite.sh $(ARGS)

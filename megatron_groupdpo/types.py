@@ -30,6 +30,11 @@ class Message:
 
     role: str
     content: str
+    extra: str = ""
+    """JSON object of its other fields, which the chat template sees (``reasoning_content``, ``tool_calls``, ...).
+    ``"content": null`` in it: the record gives no content, and ``content`` is empty."""
+    trained: bool | None = None
+    """What the record says about training on this turn; None: nothing."""
 
 
 Text = str | tuple[Message, ...]
@@ -57,6 +62,14 @@ class GroupRecord:
     responses: tuple[ResponseRecord, ...]
     where: str
     """``file:line`` (or ``file:row`` for columnar files), for error messages."""
+    tools: str = ""
+    """JSON list of the tools that the chat template shows; empty: none."""
+    template_arguments: str = ""
+    """JSON object of further arguments of the chat template; empty: none."""
+    is_rendered: bool = False
+    """Whether the texts are a chat template's output, so that control tokens spelled in them are meant."""
+    unread: tuple[str, ...] = ()
+    """Unknown fields that hold text or messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
