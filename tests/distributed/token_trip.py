@@ -21,9 +21,9 @@ import tiny_run
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import megatron_groupdpo
+from megatron_groupdpo import errors
 
-PACKAGE = str(Path(megatron_groupdpo.__file__).parent)
+PACKAGE = str(Path(errors.__file__).parent)
 TEXT = "zebra 4711 quagga"
 """No other text holds it, and its ids are those of no other."""
 NUM_GROUPS = 3
