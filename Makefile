@@ -41,7 +41,7 @@ invariance: setup  ## Every layout against one process (ARGS="--only CP2", --ful
 parity: setup  ## Model families against transformers (ARGS="--only qwen")
 	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/python tests/distributed/family_parity.py $(ARGS)
 
-mutants:  ## Break the code one place at a time: the tests must see it (ARGS="optimizer" for listed breaks of that word)
+mutants:  ## Break the code: the tests must see it (ARGS="a word": some)
 	@EXTRAS=dev,mutants tools/setup.sh
 	$(TEST_ENV) $(VENV)/python tests/mutations/patches.py $(ARGS)
 	$(if $(ARGS),,$(TEST_ENV) $(VENV)/python tests/mutations/survivors.py)

@@ -23,7 +23,7 @@ from megatron_groupdpo.data.inspect.verify import store_bytes, verify_store
 from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions
 from megatron_groupdpo.data.schemas.fields import weights_from
 from megatron_groupdpo.data.store.format import META, read_meta
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError, DataError
 
@@ -56,8 +56,11 @@ def build_parser() -> CommandParser:
     common.add_argument("--schema", metavar="NAME", help=f"of records: auto (default), or one of {names}")
     common.add_argument("--score-weights", nargs="+", metavar="NAME=WEIGHT", help="as for preprocess_data.py")
     common.add_argument(
-        "--tokenizer-model", metavar="PATH", help="where a store's tokenizer is now; its digest must match"
+        "--tokenizer-model",
+        metavar="PATH",
+        help="where a store's tokenizer is now; its digest must match. For records: whose control tokens to look for",
     )
+    common.add_argument("--tokenizer-type", metavar="TYPE", help="of --tokenizer-model, for records")
     stats = commands.add_parser("stats", parents=[common], help="statistics and warnings (default)")
     stats.add_argument("--plot", type=Path, metavar="FILE", help="histograms, as .png or .html")
     stats.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -106,7 +109,7 @@ def _store_folder(args: argparse.Namespace) -> Path | None:
     folders = [Path(source) for source in args.source if (Path(source) / META).is_file()]
     if folders and len(args.source) > 1:
         raise ConfigError(f"inspect one token store at a time, got {' '.join(args.source)}")
-    idle = ("schema", "score_weights") if folders else ("tokenizer_model", "tokens", "seed", "verify")
+    idle = ("schema", "score_weights", "tokenizer_type") if folders else ("tokens", "seed", "verify")
     for name in idle:
         if getattr(args, name, None) not in (None, False):
             raise ConfigError(
@@ -132,7 +135,7 @@ def _stats(args: argparse.Namespace, folder: Path | None) -> None:
         records = _records(args)
         total = records.count()
         with _bar(total and num_looked_at(total, args.limit), " groups") as bar:
-            inspection = inspect_records(records, limit=args.limit, on_progress=bar.update)
+            inspection = inspect_records(records, _named_tokenizer(args), limit=args.limit, on_progress=bar.update)
     else:
         store, tokenizer, missing = _open(args, folder, must_decode=False)
         with _bar(num_looked_at(len(store), args.limit), " groups") as bar:
@@ -209,6 +212,15 @@ def _open(args: argparse.Namespace, folder: Path, *, must_decode: bool) -> tuple
             raise
         return store, None, str(error)
     return store, tokenizer, ""
+
+
+def _named_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
+    """The tokenizer that the command line names for records."""
+    if (args.tokenizer_model is None) != (args.tokenizer_type is None):
+        raise ConfigError("--tokenizer-model and --tokenizer-type go together for records; give both or neither")
+    if args.tokenizer_model is None:
+        return None
+    return load_tokenizer(TokenizerOptions(kind=args.tokenizer_type, model=args.tokenizer_model))
 
 
 def _records(args: argparse.Namespace) -> Records:

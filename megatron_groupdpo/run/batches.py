@@ -272,23 +272,23 @@ class DeviceFeed:
             return on_device(planned, self._device)
 
 
+_ON_DEVICE = ("tokens_BS", "position_ids_BS", "hidden_positions_T", "targets_T", "owners_T", "responses_r")
+"""Of a microbatch; the numbers of ``cu_seqlens`` are read by the host."""
+
+
 def on_device(planned: PlannedBatch, device: torch.device) -> PlannedBatch:
     """The batch with microbatches and reference log-probabilities on ``device``; the rest is read by the host."""
     return replace(
         planned,
-        microbatches=[microbatch.to(lambda tensor: to_device(tensor, device)) for microbatch in planned.microbatches],
+        microbatches=[
+            replace(microbatch, **{name: to_device(getattr(microbatch, name), device) for name in _ON_DEVICE})
+            for microbatch in planned.microbatches
+        ],
         ref_logps_R=to_device(planned.ref_logps_R, device),
     )
 
 
 def device_tensors(planned: PlannedBatch) -> list[Tensor]:
     """What :func:`on_device` moved."""
-    found = [planned.ref_logps_R]
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    for microbatch in planned.microbatches:
-        microbatch.to(note)
-    return found
+    of_microbatches = [getattr(microbatch, name) for microbatch in planned.microbatches for name in _ON_DEVICE]
+    return [planned.ref_logps_R, *of_microbatches]

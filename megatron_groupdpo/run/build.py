@@ -17,16 +17,17 @@ from megatron_groupdpo.config import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.changes import optimizer_changes
 from megatron_groupdpo.config.fp8 import precision_name, reference_precision
 from megatron_groupdpo.convert.hf.folder import is_hf_folder
 from megatron_groupdpo.convert.hf.hub import is_hub_name
 from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, load_any_policy
 from megatron_groupdpo.data.batches.planner import plan_options
-from megatron_groupdpo.data.batches.sampler import GroupSampler, Sampler, build_sampler
+from megatron_groupdpo.data.batches.sampler import BLENDS, GroupSampler, Sampler, build_sampler
 from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
-from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration
+from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration, read_common
 from megatron_groupdpo.mcore.checkpoint.training import load_progress, load_training
 from megatron_groupdpo.mcore.fp8.weights import reload_masters
 from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
@@ -54,7 +55,7 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
     if not (config.objective.one_sided_nll and config.objective.nll_coeff):
         check_groups(train_data, config.objective.objective)
     tokenizer = _tokenizer(config, train_data)
-    order = _data_order(config, train_data)
+    order = data_order(config, train_data, source if resumes else None)
     if source is not None:
         if source.hf is None:
             check_source(source.folder, tokenizer, order if resumes else None)
@@ -72,7 +73,7 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         decay_groups=lr_decay_iters(config) * config.training.global_batch_size,
     )
     updater = Updater(optimizer, schedule)
-    train, valid = _sources(config, loss, ranks, policy, train_data, valid_data)
+    train, valid = _sources(config, loss, ranks, policy, train_data, valid_data, blend=order.get("blend", BLENDS[-1]))
     # These may use the policy's own memory, so they come before its weights.
     reference_policy = _resident_reference(config, policy)
     not_probed = _probe(config, policy, train, valid, source)
@@ -92,11 +93,16 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         loss=loss,
         train_iters=train_iters(config),
         weights_from=None if source is None else source.folder,
+        changes=() if source is None or not resumes else tuple(_changes(source.folder, config)),
         tokenizer=tokenizer,
         order=order,
         origin=None if source is None else source.origin(),
         starts_from_reference=starts_from_reference,
     )
+
+
+def _changes(folder: Path, config: TrainConfig) -> list[str]:
+    return optimizer_changes(read_common(folder)["config"].get("yaml"), config)
 
 
 def loss_options(config: TrainConfig) -> LossOptions:
@@ -159,8 +165,9 @@ def _tokenizer(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
     return made_with | {"kind": named.kind, "model": model}
 
 
-def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
-    return {
+def data_order(config: TrainConfig, data: GroupDataset, resumed: StartWeights | None) -> dict[str, Any]:
+    """What the order of the groups follows from; of a run that goes on, as its checkpoint has it."""
+    order: dict[str, Any] = {
         "stores": [store.digest for store in data.stores],
         "seed": config.training.seed,
         "shuffle": config.data.shuffle,
@@ -168,6 +175,12 @@ def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
         "curriculum": config.data.curriculum,
         "valid_fraction": config.data.valid_fraction,
     }
+    if config.data.data_weights:
+        order["blend"] = BLENDS[-1]
+        saved = None if resumed is None else read_common(resumed.folder)["config"].get("order")
+        if saved is not None and saved.get("blend", BLENDS[0]) in BLENDS:
+            order["blend"] = saved.get("blend", BLENDS[0])  # goes on as it began
+    return order
 
 
 def _weights_to_load(config: TrainConfig) -> tuple[StartWeights | None, bool]:
@@ -256,6 +269,8 @@ def _sources(
     policy: Policy,
     train_data: GroupDataset,
     valid_data: GroupDataset | None,
+    *,
+    blend: int,
 ) -> tuple[BatchSource, BatchSource | None]:
     train_ids, held_out_ids = split_by_prompt(train_data, config.data.valid_fraction)
     plan = plan_options(
@@ -294,6 +309,7 @@ def _sources(
         shuffle=config.data.shuffle,
         weights=config.data.data_weights,
         curriculum=config.data.curriculum,
+        blend=blend,
     )
     train = source(train_data, train_ids, sampler)
     if valid_data is not None:

@@ -54,7 +54,7 @@ def test_two_ranks_under_torchrun_warn_of_nothing(tiny_data: TinyData, tmp_path:
     run = [*launch, "-m", "megatron_groupdpo.train", "--config", str(config), "--train-iters", "3"]
     layout = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--num-workers", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*run, *layout], capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+    done = subprocess.run([*run, *layout], capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert warnings_in(done.stdout + done.stderr) == []
 

@@ -73,6 +73,11 @@ def test_the_body_of_the_gpu_tests_holds_here(
     assert len(set(found["norms"])) == 3
 
 
+@pytest.mark.acts(
+    "PrecisionConfig.cuda_graphs",
+    "PrecisionConfig.cuda_graph_shapes",
+    reason="a stand-in captures on the CPU; tests/gpu capture on a device",
+)
 def test_a_shape_beyond_the_limit_runs_uncaptured_and_says_so_once(pool: RankPool):
     case = with_graphs(CASES["one rank"], cuda_graph_shapes=1)
     ((seen, lines),) = pool.run(1, graph_case.result_and_notes, case)

@@ -102,6 +102,7 @@ def test_cached_decoding_gives_the_logits_of_the_whole_forward(
     assert max(gaps) < 1e-5
 
 
+@pytest.mark.acts("SamplingOptions.seed")
 def test_what_is_drawn_does_not_depend_on_batch_size_order_or_layout(pool: RankPool):
     lengths = [3, 7, 3, 5, 7, 3, 3]
     draws = {"max_new_tokens": 20, "seed": 4}

@@ -9,24 +9,26 @@ pytest node id. It is made in a copy of the tree, and only its test is run. mutm
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from queue import SimpleQueue
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-COPIED = ("megatron_groupdpo", "tests", "tools", "benchmarks", "examples", "pyproject.toml", "README.md", "docs")
+COPIED = ("megatron_groupdpo", "tests", "tools", "benchmarks", "examples", "docs", "pyproject.toml", "README.md")
 RED, GREEN = 1, 0
 """pytest's answers; any other says that the test did not run."""
 SECONDS = 900
+"""For one test; more is an endless loop."""
+AT_ONCE = 2
 
 
 @dataclass(frozen=True)
@@ -57,33 +59,38 @@ def misfit(patch: Patch, tree: Path) -> str | None:
     return None if count == 1 else f"its text is {count} times in {patch.file}, not once"
 
 
-def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """pytest's answer, and the end of what it said."""
-    environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
-    # As a checkout has it, so that tests find the real data, which lie beside that.
-    environment.setdefault("GROUPDPO_DATA_DIR", str(ROOT.parent / "shared" / "data"))
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
+def begin(tree: Path, tests: Sequence[str], said: Path) -> int:
+    """Fork a process that runs ``tests`` on the package of ``tree``, and answers as pytest does; its id."""
+    if process := os.fork():
+        return process
+    answer = 99
     try:
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired:
-        return RED, f"no end after {SECONDS} s"
-    return done.returncode, (done.stdout + done.stderr)[-2000:]
+        with said.open("w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        signal.alarm(SECONDS)
+        os.chdir(tree)
+        sys.path.insert(0, str(tree))
+        sys.dont_write_bytecode = True
+        os.environ |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+        # As a checkout has it, so that tests find the real data, which lie beside that.
+        os.environ.setdefault("GROUPDPO_DATA_DIR", str(ROOT.parent / "shared" / "data"))
+        import pytest
 
-
-def outcome_of(patch: Patch, tree: Path) -> str:
-    """``red``, or what is wrong."""
-    if (problem := misfit(patch, tree)) is not None:
-        return problem
-    path = tree / patch.file
-    whole = path.read_text(encoding="utf-8")
-    path.write_text(whole.replace(patch.old, patch.new), encoding="utf-8")
-    try:
-        answer, said = run_tests(tree, [patch.test])
+        answer = int(pytest.main(["-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]))
+        sys.stdout.flush()
     finally:
-        path.write_text(whole, encoding="utf-8")
-    if answer == RED:
-        return "red"
-    return "GREEN" if answer == GREEN else f"did not run (pytest answers {answer}):\n{said}"
+        os._exit(answer)
+
+
+def outcome(status: int, said: Path) -> str:
+    """``red``, or what is wrong, from how the process ended."""
+    answer = (
+        RED if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else os.waitstatus_to_exitcode(status)
+    )
+    if answer in (RED, GREEN):
+        return "red" if answer == RED else "GREEN"
+    return f"did not run (pytest answers {answer}):\n{said.read_text(errors='replace')[-2000:]}"
 
 
 def copy_tree(tree: Path) -> None:
@@ -96,34 +103,61 @@ def copy_tree(tree: Path) -> None:
             shutil.copy2(source, tree / name)
 
 
+def import_what_tests_import() -> None:
+    """Once, for all forks; nothing of this package."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in ("datasets", "megatron.core.models.gpt", "megatron.core.optimizer", "pytest", "transformers"):
+            importlib.import_module(name)
+
+    assert not any(name.split(".")[0] == "megatron_groupdpo" for name in sys.modules)
+
+
+def run_all(patches: Sequence[Patch], folder: Path) -> int:
+    """How many patches were not seen."""
+    free = [folder / f"tree{number}" for number in range(AT_ONCE)]
+    for tree in free:
+        copy_tree(tree)
+    status = os.waitpid(begin(free[0], sorted({patch.test for patch in patches}), folder / "said"), 0)[1]
+    if (found := outcome(status, folder / "said")) != "GREEN":
+        print(f"with nothing broken: {found}\n{(folder / 'said').read_text(errors='replace')[-4000:]}")
+        return len(patches)
+    wrong, waiting = 0, list(patches)
+    running: dict[int, tuple[Patch, Path, str]] = {}
+
+    def tell(patch: Patch, found: str) -> None:
+        nonlocal wrong
+        wrong += found != "red"
+        print(f"{found:6s}  {patch.what:60s}  {patch.test}", flush=True)
+
+    while waiting or running:
+        if waiting and free:
+            patch, tree = waiting.pop(0), free.pop()
+            if (problem := misfit(patch, tree)) is not None:
+                tell(patch, problem)
+                free.append(tree)
+                continue
+            whole = (tree / patch.file).read_text(encoding="utf-8")
+            (tree / patch.file).write_text(whole.replace(patch.old, patch.new), encoding="utf-8")
+            running[begin(tree, [patch.test], tree / "said")] = (patch, tree, whole)
+            continue
+        process, status = os.wait()
+        patch, tree, whole = running.pop(process)
+        (tree / patch.file).write_text(whole, encoding="utf-8")
+        tell(patch, outcome(status, tree / "said"))
+        free.append(tree)
+    return wrong
+
+
 def main(words: Sequence[str]) -> int:
     patches = [
         patch
         for patch in read_patches(HERE)
         if not words or any(word in f"{patch.file} {patch.test} {patch.what}" for word in words)
     ]
-    wrong = 0
+    import_what_tests_import()
     with tempfile.TemporaryDirectory(prefix="groupdpo-mutations-") as folder:
-        trees: SimpleQueue[Path] = SimpleQueue()
-        for name in ("one", "two")[: os.cpu_count()]:
-            copy_tree(Path(folder) / name)
-            trees.put(Path(folder) / name)
-        answer, said = run_tests(Path(folder) / "one", sorted({patch.test for patch in patches}))
-        if answer != GREEN:
-            print(f"the tests are not green with nothing broken (pytest answers {answer}):\n{said}")
-            return 1
-
-        def broken(patch: Patch) -> str:
-            tree = trees.get()
-            try:
-                return outcome_of(patch, tree)
-            finally:
-                trees.put(tree)
-
-        with ThreadPoolExecutor(trees.qsize()) as workers:
-            for number, (patch, outcome) in enumerate(zip(patches, workers.map(broken, patches)), 1):
-                wrong += outcome != "red"
-                print(f"{number:3d}/{len(patches)}  {outcome:6s}  {patch.what:60s}  {patch.test}", flush=True)
+        wrong = run_all(patches, Path(folder))
     print(f"{len(patches)} breaks, {wrong} not seen")
     return 1 if wrong or not patches else 0
 

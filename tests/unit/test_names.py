@@ -16,7 +16,9 @@ OTHERS = ("transformer_engine/", "megatron/", "torch/", "transformers/", "trl/")
 """Paths of other projects start with the name of their package."""
 PATH = re.compile(r"``?([\w./-]*[\w-]\.(?:py|md|sh))``?")
 LINK = re.compile(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)")
-DOTTED = re.compile(rf"\b{NAME}((?:\.\w+)+)")
+DOTTED = re.compile(rf"\b{NAME}((?:\.(?!__)\w+)+)")
+MADE_UP = "__mutmut_"
+"""In names that mutmut makes."""
 
 
 @cache
@@ -53,7 +55,7 @@ def is_a_name(dotted: str) -> bool:
 def stale(text: str, *, folder: str) -> Iterator[tuple[int, str]]:
     """``(offset, name)`` of what is not there."""
     yield from ((m.start(), m[1]) for m in PATH.finditer(text) if not is_a_file(m[1]))
-    yield from ((m.start(), m[0]) for m in DOTTED.finditer(text) if not is_a_name(m[1]))
+    yield from ((m.start(), m[0]) for m in DOTTED.finditer(text) if MADE_UP not in m[1] and not is_a_name(m[1]))
     if folder is not None and "](" in text:
         for link in LINK.finditer(text):
             if link[1].endswith((".md", ".py", ".png", ".svg", ".sh")) and not (ROOT / folder / link[1]).exists():

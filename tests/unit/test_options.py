@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_what_only_a_gpu_can_show_is_said(record_property: pytest.RecordProperty
         print(f"{field}: {reason} ({test})")
 
 
+@cache
 def configuration_fields() -> dict[str, list[str]]:
     """``Class.field`` of each dataclass that a user fills, by class, from the source alone."""
     found: dict[str, list[str]] = {}
@@ -86,6 +88,7 @@ def without_a_patch() -> set[str]:
     }
 
 
+@cache
 def _acts() -> list[tuple[str, ast.Call]]:
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):

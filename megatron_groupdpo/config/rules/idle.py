@@ -134,6 +134,11 @@ IDLE = (
         because="cuda_graphs is off",
     ),
     Idle(
+        fields=("data.tokenizer_type",),
+        when=lambda c: c.data.tokenizer_model is None,
+        because="tokenizer_model is not set",
+    ),
+    Idle(
         fields=("training.eval_iters",),
         when=lambda c: c.training.eval_interval is None,
         because="eval_interval is not set",

@@ -1,7 +1,7 @@
 """What a step and a validation report, from scores on the ranks that hold them.
 
-Every metric is a numerator and a denominator, each a float64 sum over groups or responses. Batches are added up and then
-divided once, so a validation does not depend on how its groups were cut into batches.
+Every metric is a numerator and a denominator, each a float64 sum over groups or responses. Batches are added up and
+only then divided, so a validation does not depend on how its groups were cut into batches.
 """
 
 from __future__ import annotations

@@ -53,6 +53,48 @@ def test_the_dropout_of_a_hugging_face_model_stays_behind(hf_models: HfModels, r
     assert not [m.p for chunk in policy.chunks for m in chunk.modules() if isinstance(m, torch.nn.Dropout) and m.p]
 
 
+@pytest.mark.acts(
+    "ModelConfig.num_layers",
+    "ModelConfig.hidden_size",
+    "ModelConfig.num_attention_heads",
+    "ModelConfig.ffn_hidden_size",
+    "ModelConfig.num_query_groups",
+    "ModelConfig.kv_channels",
+    "ModelConfig.max_position_embeddings",
+    "ModelConfig.position_embedding_type",
+    "ModelConfig.rotary_base",
+    "ModelConfig.rotary_base_local",
+    "ModelConfig.rope_scaling_type",
+    "ModelConfig.rope_scaling_factor",
+    "ModelConfig.rope_scaling_original_length",
+    "ModelConfig.rope_scaling_low_freq_factor",
+    "ModelConfig.rope_scaling_high_freq_factor",
+    "ModelConfig.rope_scaling_beta_fast",
+    "ModelConfig.rope_scaling_beta_slow",
+    "ModelConfig.rope_scaling_attention_factor",
+    "ModelConfig.window_size",
+    "ModelConfig.window_attn_skip_freq",
+    "ModelConfig.normalization",
+    "ModelConfig.norm_position",
+    "ModelConfig.apply_layernorm_1p",
+    "ModelConfig.norm_epsilon",
+    "ModelConfig.swiglu",
+    "ModelConfig.gated_linear_unit",
+    "ModelConfig.activation",
+    "ModelConfig.add_bias_linear",
+    "ModelConfig.add_qkv_bias",
+    "ModelConfig.qk_layernorm",
+    "ModelConfig.qk_layernorm_across_heads",
+    "ModelConfig.softmax_scale",
+    "ModelConfig.scale_embeddings",
+    "ModelConfig.untie_embeddings_and_output_weights",
+    "ModelConfig.vocab_size",
+    "ModelConfig.num_moe_experts",
+    "ModelConfig.moe_ffn_hidden_size",
+    "ModelConfig.moe_router_topk",
+    "ModelConfig.moe_router_pre_softmax",
+    "ModelConfig.moe_layer_freq",
+)
 @pytest.mark.parametrize("name", CONFIG_NAMES)
 def test_log_probs_of_every_token_equal_those_of_transformers(name: str, hf_models: HfModels, ranks: Ranks):
     folder = hf_models(name)
@@ -222,6 +264,7 @@ def test_a_rounded_export_is_verified_against_the_rounded_weights(hf_models: HfM
     assert "rounded to bfloat16" in verify.describe(results[0])
 
 
+@pytest.mark.acts("ExportOptions.dtype")
 def test_the_chosen_dtype_is_written(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     policy = loaded(hf_models("llama-untied"), ranks)
     export_hf(policy, tmp_path / "bf16", ExportOptions(dtype="bf16"), tokenizer=None)
@@ -244,6 +287,7 @@ def test_an_export_without_a_kept_configuration_is_the_same_model_to_transformer
     assert torch.equal(before, after)
 
 
+@pytest.mark.acts("ExportOptions.max_shard_size")
 def test_files_keep_the_size_limit_and_the_index_names_each_tensor(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     out = tmp_path / "out"
     limit = 101 * 48 * 4  # the embedding alone
@@ -296,6 +340,7 @@ def test_weights_saved_without_the_head_are_found_and_buffers_passed_over(own_co
     assert torch.equal(source.read(("embedding.word_embeddings.weight", None)), tensors["wte.weight"])
 
 
+@pytest.mark.acts("ImportOptions.make_vocab_size_divisible_by")
 def test_the_model_section_beside_an_import_is_the_checkpoints_model(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     import yaml
 

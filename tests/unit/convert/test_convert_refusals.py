@@ -227,6 +227,7 @@ def test_what_is_no_model_folder_is_refused(own_copy: OwnCopy, tmp_path: Path):
     refused(folder, CheckpointError, "no config.json")
 
 
+@pytest.mark.acts("ImportOptions.with_tokenizer")
 def test_a_tokenizer_larger_than_the_embedding_is_refused(own_copy: OwnCopy, sentencepiece_model: Path):
     folder = own_copy("gpt2")
     edit_config(folder, vocab_size=99)
@@ -263,6 +264,7 @@ def test_families_have_names_of_their_own():
         assert len({getattr(family, field) for family in FAMILIES}) == len(FAMILIES)
 
 
+@pytest.mark.acts("ExportOptions.overwrite", "ImportOptions.overwrite")
 def test_an_output_that_is_there_is_kept_unless_asked(own_copy: OwnCopy, ranks: Ranks, tmp_path: Path):
     folder, target = own_copy("gpt2"), tmp_path / "target"
     source = open_hf_model(folder)
@@ -298,6 +300,7 @@ def test_a_disk_that_fails_half_way_leaves_nothing(own_copy: OwnCopy, ranks: Ran
     assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
 
 
+@pytest.mark.acts("ImportOptions.tokenizer")
 def test_a_tokenizer_that_has_gone_or_changed_is_not_guessed(
     own_copy: OwnCopy, ranks: Ranks, tmp_path: Path, sentencepiece_model: Path
 ):

@@ -90,6 +90,7 @@ def test_each_source_has_its_own_schema(write_lines, build, tmp_path):
     assert [store.where(i).rsplit("/", 1)[1] for i in range(2)] == ["a.jsonl:1", "b.jsonl:1"]
 
 
+@pytest.mark.acts("Partition.one_sided", "PreprocessOptions.partition")
 def test_one_sided_groups_follow_the_policy(write_lines, build, tmp_path):
     path = write_lines([labelled("A", 1, -1), labelled("B", 1, 1), labelled("C", -1, -1)])
     dropped = build(path)
@@ -121,6 +122,7 @@ def test_single_answers_become_groups_of_one_positive(write_lines, build, tmp_pa
     assert report.counts[why.KEPT_ONE_SIDED] == 1
 
 
+@pytest.mark.acts("PreprocessOptions.tokenize")
 def test_reference_log_probabilities_of_truncated_texts_are_forgotten(write_lines, build, tmp_path):
     record = labelled("A", 1, -1)
     record["responses"][0] |= {"ref_logp": -3.5}
@@ -132,6 +134,7 @@ def test_reference_log_probabilities_of_truncated_texts_are_forgotten(write_line
     assert math.isnan(ref_logps[1])
 
 
+@pytest.mark.acts("PreprocessOptions.schema", "PreprocessOptions.on_bad_record")
 def test_bad_records_stop_or_are_counted(write_lines, build, tmp_path):
     path = write_lines([labelled("A", 1, -1), {"prompt": "B"}, labelled("C", 1)])
     for schema in ("auto", "canonical"):
@@ -150,6 +153,7 @@ def test_nothing_kept_writes_nothing_and_says_why(write_lines, build, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.acts("PreprocessOptions.tokenizer", "TokenizerOptions.model")
 def test_another_tokenizer_is_refused_when_the_store_is_used(write_lines, build, train_sentencepiece, tmp_path):
     build(write_lines([labelled("A", 1, -1)]))
     store = TokenStore.open(tmp_path / "store")
@@ -230,6 +234,7 @@ def test_the_verified_solutions_go_through_unchanged(real_data, build, tmp_path)
         assert [label == 1 for label in sample.labels_K] == [s["is_correct"] for s in solutions]
 
 
+@pytest.mark.acts("Partition.duplicates")
 def test_the_judged_answers_go_through_with_topk(real_data, build, tmp_path):
     path = real_data("alpaca_eval_groups.jsonl")
     eight = {"rule": "topk", "positives": 8, "negatives": 8}

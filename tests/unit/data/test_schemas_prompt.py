@@ -86,6 +86,7 @@ def test_a_question_is_the_prompt_of_answers_in_messages_but_not_of_conversation
     assert [len(response.text) for response in group.responses] == [1, 1]
 
 
+@pytest.mark.acts("SchemaOptions.apply_chat_template")
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
 @pytest.mark.parametrize(("name", "record"), TEXT_FORMS)
 def test_a_system_field_is_the_first_turn(name, record, key):
@@ -136,12 +137,13 @@ def test_the_input_is_appended_to_the_instruction(name):
         read(name, {**record, "instruction": [USER], "input": "I"})
 
 
-def test_tool_calls_are_refused():
+def test_tool_calls_are_kept_and_empty_ones_are_none():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
     for content in ("text", None):
         turn = {"role": "assistant", "content": content, "tool_calls": [call]}
-        with pytest.raises(DataError, match=r"^f\.jsonl:7: prompt\[1\] has tool_calls .*drop the record"):
-            read("canonical", {"prompt": [USER, turn], "responses": TWO})
+        kept = read("canonical", {"prompt": [USER, turn, USER], "responses": TWO}).prompt[1]
+        assert kept.content == (content or "")
+        assert '"name": "add", "arguments": {}' in kept.extra
     for empty in ([], None):
         group = read("canonical", {"prompt": [{**USER, "tool_calls": empty}], "responses": TWO})
         assert group.prompt == (Message(role="user", content="Q"),)

@@ -35,8 +35,8 @@ from megatron_groupdpo.run.build import build_run
 from megatron_groupdpo.run.loop import train
 from megatron_groupdpo.run.parts import Run
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "config"))
-from config_examples import changed
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("config", "objectives")]
+from config_examples import changed  # noqa: E402
 
 VOCAB_SIZE, SEQ_LENGTH = 23, 12
 TOKENIZER = {
@@ -46,7 +46,7 @@ TOKENIZER = {
 
 
 def write_store(folder: Path, num_groups: int, seed: int) -> Path:
-    """Groups of 2 to 5 responses, ragged, each with a value; the first is better than the rest."""
+    """Groups of 2 to 5 ragged responses with values in [0, 1]: one good one, in every fourth group only good ones."""
     draw = np.random.default_rng(seed)
     identity = StoreIdentity(tokenizer=TOKENIZER, options={"seq_length": SEQ_LENGTH})
     with whole_folder(folder, overwrite=False) as path, contextlib.closing(StoreWriter(path, identity)) as writer:
@@ -59,8 +59,8 @@ def write_store(folder: Path, num_groups: int, seed: int) -> Path:
                         draw.integers(3, VOCAB_SIZE, size=draw.integers(1, 8), dtype=np.int32) for _ in range(size)
                     ),
                     response_masks=(None,) * size,
-                    labels=(1,) + (-1,) * (size - 1),
-                    values=(2.0, *(float(value) for value in draw.normal(size=size - 1))),
+                    labels=(1,) * size if row % 4 == 3 else (1,) + (-1,) * (size - 1),
+                    values=(0.9, *(float(value) for value in draw.uniform(0.1, 0.8, size=size - 1))),
                     ref_logps=(math.nan,) * size,
                     source_row=row + 1,
                 ),
@@ -75,8 +75,12 @@ def write_reference(stores: Sequence[Path], folder: Path) -> None:
     for seed, path in enumerate(stores):
         store = TokenStore.open(path)
         key = ReferenceKey(store_digest=store.digest, weights_digest="of no model", precision="fp32")
-        noise = np.random.default_rng(seed).normal(size=store.num_responses)
-        ReferenceWriter(folder, store, key).put(np.arange(store.num_responses), -3.1 * store.response_lengths_R + noise)
+        ReferenceWriter(folder, store, key).put(np.arange(store.num_responses), made_up_reference(store, seed))
+
+
+def made_up_reference(store: TokenStore, seed: int) -> np.ndarray:
+    """[R] float64."""
+    return -3.1 * store.response_lengths_R + np.random.default_rng(seed).normal(size=store.num_responses)
 
 
 @dataclass(frozen=True)
