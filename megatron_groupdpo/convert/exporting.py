@@ -114,6 +114,7 @@ def export_checkpoint(
     own: ModelTokenizer | None = None
     if with_tokenizer and tokenizer is not None:
         own = tokenizers.load_checked(tokenizers.options_for(tokenizer), model)
+        tokenizers.check_given(own, common["config"].get("tokenizer"), str(folder))
     elif with_tokenizer:
         own = tokenizers.of_checkpoint(common["config"].get("tokenizer"), folder, model)
     plan = conversion_plan(form.family, model)

@@ -10,7 +10,7 @@ from megatron_groupdpo.convert.folders import check_target
 from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.model import CONFIG
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.text.identity import options_of
 from megatron_groupdpo.errors import CheckpointError, DataError, UserError
 from megatron_groupdpo.processes import errors_reach_all_ranks
 from megatron_groupdpo.run.parts import Run
@@ -82,13 +82,11 @@ class Exports:
 
 
 def _tokenizer(run: Run) -> ModelTokenizer:
-    """The data's tokenizer, which the exported model goes with."""
-    recorded = run.tokenizer
-    options = TokenizerOptions(kind=recorded["kind"], model=recorded["model"], chat_template=recorded["chat_template"])
+    """The model's own tokenizer, or the data's where it has none."""
     try:
-        return tokenizers.load_checked(options, run.policy.model)
+        return tokenizers.load_checked(options_of(run.tokenizer), run.policy.model)
     except DataError as error:
         raise CheckpointError(
-            f"export_hf writes the data's tokenizer beside the model, and it cannot be used: {error}; say where it is "
-            "now with --tokenizer-model"
+            f"export_hf writes the tokenizer beside the model, and it cannot be used: {error}; say where it is now "
+            "with --tokenizer-model"
         ) from None

@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, override
 
 import sentencepiece
 
+from megatron_groupdpo.data.text.control_names import ControlNames
 from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import Message
@@ -68,6 +69,16 @@ class Tokenizer(Protocol):
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of control tokens (beginning, end, turn markers)."""
+        ...
+
+    @property
+    def pieces(self) -> Mapping[str, int]:
+        """The vocabulary: the id of every piece, added tokens included."""
+        ...
+
+    @property
+    def chat_template(self) -> Any:
+        """The chat template (of a few tokenizers, several by name); None where there is none."""
         ...
 
     @property
@@ -143,6 +154,7 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise DataError(f"--tokenizer-model {model}: not a SentencePiece model ({error})") from None
         self._template = chat_template
+        self._controls = ControlNames({self._processor.id_to_piece(i): i for i in self.special_ids})
 
     @property
     @override
@@ -176,6 +188,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     @override
+    def pieces(self) -> Mapping[str, int]:
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+
+    @property
+    @override
+    def chat_template(self) -> str | None:
+        return self._template
+
+    @property
+    @override
     def digest(self) -> str:
         return _digest(self._file.read_bytes(), (self._template or "").encode())
 
@@ -190,7 +212,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def encode_rendered(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        return self._controls.encode(text, self._processor.encode)
 
     @override
     def decode(self, ids: Sequence[int]) -> str:
@@ -205,7 +227,8 @@ class SentencePieceTokenizer(Tokenizer):
             )
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         names = {name: self._processor.id_to_piece(i) for name, i in named.items() if i is not None}
-        return _render(self._template, messages, add_generation_prompt, names)
+        marked = [replace(message, content=self._controls.mark(message.content)) for message in messages]
+        return _render(self._template, marked, add_generation_prompt, names)
 
     @override
     def save(self, folder: Path) -> None:
@@ -272,6 +295,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def special_ids(self) -> frozenset[int]:
         added = self._tokenizer.added_tokens_decoder
         return frozenset(i for i, token in added.items() if token.special) | set(self._tokenizer.all_special_ids)
+
+    @property
+    @override
+    def pieces(self) -> Mapping[str, int]:
+        return self._tokenizer.get_vocab()
+
+    @property
+    @override
+    def chat_template(self) -> Any:
+        return self._tokenizer.chat_template
 
     @property
     @override
