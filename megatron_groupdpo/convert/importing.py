@@ -15,6 +15,7 @@ from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfi
 from megatron_groupdpo.convert.folders import check_target, new_folder_of_all_ranks
 from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.model import CONFIG, GENERATION_CONFIG, HfModel, open_hf_model
+from megatron_groupdpo.convert.hf.side_files import check_generation_config
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.weights.loading import fill_on_all_ranks, with_vocabulary_padding
 from megatron_groupdpo.data.text.identity import describe
@@ -141,6 +142,7 @@ def kept_of(source: HfModel, dtype: str = "keep") -> dict[str, Any]:
 
     Raises:
         CheckpointError: generation_config.json is not JSON.
+        ConfigError: it has a mistyped field.
     """
     names = {value: name for name, value in DTYPES.items()}
     others: dict[str, str] = {}
@@ -158,4 +160,5 @@ def kept_of(source: HfModel, dtype: str = "keep") -> dict[str, Any]:
             kept["generation_config"] = json.loads(kept["texts"][GENERATION_CONFIG])
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON ({error}); get it again, or remove it") from None
+        check_generation_config(kept["generation_config"], file)
     return kept

@@ -37,6 +37,7 @@ from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.reference.swapped import SwappedReference, swapped_reference
 from megatron_groupdpo.run.batches import BatchSource
 from megatron_groupdpo.run.checks import check_groups, check_order, check_outputs
+from megatron_groupdpo.run.exports import response_ends
 from megatron_groupdpo.run.logs.flops import attention_cost
 from megatron_groupdpo.run.parts import Run
 from megatron_groupdpo.run.proofs.reference import probe_reference
@@ -162,7 +163,8 @@ def _tokenizer(config: TrainConfig, data: GroupDataset, source: StartWeights | N
             untold.append(reference)
     for weights in untold if ranks.is_logger else []:
         print(f"tokenizer   {weights} has none; the data's, {made_with['model']}, is taken to be its own", flush=True)
-    return made_with if source is None else source.tokenizer_with(made_with, start)
+    chosen = made_with if source is None else source.tokenizer_with(made_with, start)
+    return {**chosen, "response_ends": response_ends(data, chosen)}
 
 
 def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:

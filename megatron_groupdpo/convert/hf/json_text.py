@@ -19,7 +19,7 @@ def with_values(text: str, changes: Mapping[str, Any]) -> str:
     edits = [(start, stop, _dumped(changes[key], indent)) for key, start, stop in spans if key in changes]
     missing = [key for key in changes if key not in {key for key, _, _ in spans}]
     if missing:
-        before = _blank(text, first) if spans else ""
+        before = (" " if indent is None else _blank(text, first)) if spans else ""
         lines = (f"{before}{json.dumps(key)}: {_dumped(changes[key], indent)}" for key in missing)
         place = spans[-1][2] if spans else end
         edits.append((place, place, ("," if spans else "") + ",".join(lines)))

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.hf.json_text import with_values
+from megatron_groupdpo.convert.hf.side_files import check_tokenizer_config
 from megatron_groupdpo.data.text.identity import describe, differences, options_of
 from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
 from megatron_groupdpo.errors import CheckpointError, DataError
@@ -91,6 +92,7 @@ def load_checked(options: TokenizerOptions, model: ModelConfig) -> ModelTokenize
     Raises:
         DataError: it cannot be loaded, or has more tokens than the embedding has rows.
     """
+    _check_config(Path(options.model).expanduser())
     tokenizer = load_tokenizer(options)
     assert model.vocab_size is not None
     if tokenizer.vocab_size > model.vocab_size:
@@ -110,8 +112,20 @@ def of_folder(folder: Path, chat_template: str | None = None) -> dict[str, Any] 
     """
     if not has_tokenizer(folder):
         return None
+    _check_config(folder)
     options = TokenizerOptions(kind="HuggingFaceTokenizer", model=str(folder.resolve()), chat_template=chat_template)
     return describe(load_tokenizer(options), options)
+
+
+def _check_config(folder: Path) -> None:
+    file = folder / _TOKENIZER_CONFIG
+    if not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return  # transformers then says so
+    check_tokenizer_config(config, file)
 
 
 def where_it_is_now(recorded: Mapping[str, Any], folder: Path) -> dict[str, Any]:

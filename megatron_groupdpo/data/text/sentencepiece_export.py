@@ -26,6 +26,7 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_groupdpo.data.text.saved import save_for_all_readers
 from megatron_groupdpo.errors import DataError
 
 _SPACE = "▁"
@@ -62,7 +63,7 @@ def export_to_hugging_face(model_file: Path, folder: Path, *, add_bos: bool, cha
             )
     # A template's own names must be read as the tokens that were trained.
     hugging_face.split_special_tokens = chat_template is None
-    hugging_face.save_pretrained(str(folder))
+    save_for_all_readers(hugging_face, folder)
 
 
 def build_fast_tokenizer(model_file: Path, *, add_bos: bool) -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, get_args, override
 import sentencepiece
 
 from megatron_groupdpo.data.text.control_names import ControlNames
+from megatron_groupdpo.data.text.saved import save_for_all_readers
 from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import Message
@@ -359,7 +360,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @override
     def save(self, folder: Path) -> None:
-        self._tokenizer.save_pretrained(str(folder))
+        save_for_all_readers(self._tokenizer, folder)
 
 
 def _render(template: str, messages: Sequence[Message], add_generation_prompt: bool, names: Mapping[str, str]) -> str:
