@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from gpu_parts import Context
+from gpu_context import Context
 from gpu_step import LOSS, RECIPES, SHAPES, Bench, Setting, benches
 from torch import Tensor
 

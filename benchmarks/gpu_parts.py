@@ -7,25 +7,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
+from gpu_context import Context, Point
 from record import ROOT
-
-Point = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
-    """Where and at what size a part runs."""
-
-    device: str
-    tiny: bool
-    output: Path
-
-    def pick(self, full: Any, tiny: Any) -> Any:
-        """The value at this scale."""
-        return tiny if self.tiny else full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_parts import Context
+from gpu_context import Context
 
 
 def measure_rates(context: Context) -> Iterator[dict[str, Any]]:

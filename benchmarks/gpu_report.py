@@ -57,11 +57,11 @@ def least_seconds(point: Point, limits: dict[str, float]) -> float | None:
 
 def markdown(outcomes: Sequence[Outcome], limits: dict[str, float], command: str) -> str:
     lines = ["# The GPU suite", "", f"`{command}`", ""]
-    lines += ["| part | state | seconds | points | said |", "|---|---|---:|---:|---|"]
+    lines += ["| part | state | seconds | points | error |", "|---|---|---:|---:|---|"]
     for outcome in outcomes:
-        said = (outcome["error"] or "").strip().splitlines()[-1:] or [""]
+        error = (outcome["error"] or "").strip().splitlines()[-1:] or [""]
         cells = [outcome["name"], outcome["state"], f"{outcome['seconds']:.0f}", str(len(outcome["points"]))]
-        lines.append("| " + " | ".join([*cells, said[0][:160].replace("|", "\\|")]) + " |")
+        lines.append("| " + " | ".join([*cells, error[0][:160].replace("|", "\\|")]) + " |")
     lines += ["", *_rates_section(limits), *_tests_section(outcomes), *_steps_section(outcomes, limits)]
     lines += [*_gradients_section(outcomes), *_curves_section(outcomes)]
     for record in {json.dumps(outcome["machine"]): outcome["machine"] for outcome in outcomes}.values():
@@ -105,11 +105,11 @@ def _steps_section(outcomes: Sequence[Outcome], limits: dict[str, float]) -> lis
                 continue
             what = [str(point[key]) for key in ("what", "variant", "mode", "shape", "precision") if key in point]
             cells = [outcome["name"], ", ".join(what), str(point.get("group_size", "")), str(point.get("length", ""))]
-            said = [f"{key.replace('_', ' ')}: {point[key]}" for key in ("refused", "out_of_memory") if key in point]
+            reason = [f"{key.replace('_', ' ')}: {point[key]}" for key in ("refused", "out_of_memory") if key in point]
             if "error" in point:
-                said = [f"error: {point['error'].strip().splitlines()[-1]}"]
-            if said:
-                lines.append("| " + " | ".join([*cells, said[0][:140].replace("|", "\\|")]) + " |" * 8)
+                reason = [f"error: {point['error'].strip().splitlines()[-1]}"]
+            if reason:
+                lines.append("| " + " | ".join([*cells, reason[0][:140].replace("|", "\\|")]) + " |" * 8)
                 continue
             found = True
             lines.append("| " + " | ".join([*cells, *_step_cells(point, limits)]) + " |")

@@ -26,6 +26,7 @@ from typing import Any
 
 import gpu_parts
 from bench_output import write_text
+from gpu_context import Context
 from gpu_report import write_report
 from record import RESULTS, ROOT, machine
 
@@ -106,8 +107,8 @@ def run_suite(args: argparse.Namespace) -> int:
         print(f"{title}: at most {limit_s:.0f} s", flush=True)
         outcome = start_part(name, args, folder, limit_s=limit_s)
         write_outcome(folder, outcome)
-        said = f": {outcome.error.strip().splitlines()[-1]}" if outcome.error else ""
-        print(f"    {outcome.state} after {outcome.seconds:.0f} s, {len(outcome.points)} points{said}", flush=True)
+        error = f": {outcome.error.strip().splitlines()[-1]}" if outcome.error else ""
+        print(f"    {outcome.state} after {outcome.seconds:.0f} s, {len(outcome.points)} points{error}", flush=True)
         report(args, folder)
     print(report(args, folder), flush=True)
     states = {name: (read_outcome(folder, name) or {"state": NOT_RUN})["state"] for name in names}
@@ -158,7 +159,7 @@ def start_part(name: str, args: argparse.Namespace, folder: Path, *, limit_s: fl
 def run_part(name: str, args: argparse.Namespace) -> None:
     """In the part's own process: one line a point, as soon as it is there."""
     folder = args.output / "gpu_suite_parts"
-    context = gpu_parts.Context(device=args.device, tiny=args.scale == "tiny", output=args.output)
+    context = Context(device=args.device, tiny=args.scale == "tiny", output=args.output)
     try:
         write_text(folder / f"{name}.machine.json", json.dumps(machine(args.device)))
         with (folder / f"{name}.points.jsonl").open("w", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_parts import Context
+from gpu_context import Context
 from gpu_step import PROMPT_SHARE, Setting, attempt, benches, clear, model_of
 
 from megatron_groupdpo.run.loop import peak_memory_bytes

@@ -1,4 +1,7 @@
-"""Train with GroupDPO: ``torchrun --nproc-per-node 2 -m megatron_groupdpo.train --config FILE [--any-field value]``."""
+"""Train with GroupDPO.
+
+OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m megatron_groupdpo.train --config FILE [--any-field value]
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ A *score* is what the policy says: ``s = beta * (log pi - log pi_ref)``. The two
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +30,11 @@ class Message:
 
     role: str
     content: str
+    extra: str = ""
+    """JSON object of its other fields, which the chat template sees (``reasoning_content``, ``tool_calls``, ...).
+    ``"content": null`` in it: the record gives no content, and ``content`` is empty."""
+    trained: bool | None = None
+    """What the record says about training on this turn; None: nothing."""
 
 
 Text = str | tuple[Message, ...]
@@ -57,6 +62,14 @@ class GroupRecord:
     responses: tuple[ResponseRecord, ...]
     where: str
     """``file:line`` (or ``file:row`` for columnar files), for error messages."""
+    tools: str = ""
+    """JSON list of the tools that the chat template shows; empty: none."""
+    template_arguments: str = ""
+    """JSON object of further arguments of the chat template; empty: none."""
+    is_rendered: bool = False
+    """Whether the texts are a chat template's output, so that control tokens spelled in them are meant."""
+    unread: tuple[str, ...] = ()
+    """Unknown fields that hold text or messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +192,3 @@ class Microbatch:
     cu_seqlens: torch.Tensor | None = None
     """[n+1] int32, always on the host: boundaries of packed responses before context parallelism cuts them; None when
     padded."""
-
-    def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Microbatch:
-        """The same with every tensor but ``cu_seqlens``, whose numbers the host reads, moved by ``move``."""
-        names = ("tokens_BS", "position_ids_BS", "hidden_positions_T", "targets_T", "owners_T", "responses_r")
-        return replace(self, **{name: move(getattr(self, name)) for name in names})

@@ -9,13 +9,18 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from megatron_groupdpo.config import (
+    CommandParser,
+    ModelConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    add_fields,
+    given_fields,
+)
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from megatron_groupdpo.config import ModelConfig, ParallelConfig
 
 EXAMPLE = """\
 examples:
@@ -28,9 +33,15 @@ torchrun, each rank then holds its part of the model. The checkpoint loads on an
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+type Commands = argparse._SubParsersAction[CommandParser]
+_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
+_CPU = {"device": "cpu"}
+"""Conversion is in no hurry, and a model may be larger than a GPU."""
+
+
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = _parser(argparse.ArgumentParser, prog="convert_checkpoint.py", description=__doc__, epilog=EXAMPLE)
+    parser = CommandParser(prog="convert_checkpoint.py", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,verify}")
     _add_import(commands)
     _add_export(commands)
@@ -38,21 +49,15 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parser(make: object, *args: object, **kwargs: object) -> argparse.ArgumentParser:
-    kwargs |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    return make(*args, **kwargs)  # type: ignore[operator]
-
-
-def _add_import(commands: object) -> None:
-    parser = _parser(
-        commands.add_parser,  # type: ignore[attr-defined]
+def _add_import(commands: Commands) -> None:
+    parser = commands.add_parser(
         "import",
         help="Hugging Face model to distributed checkpoint",
         description="Hugging Face model (safetensors) to distributed checkpoint. Writes SAVE/iter_0000000, "
         "the\ntokenizer, and model.yaml: the model section to put into a run's configuration.",
         epilog="example:\n  python tools/convert_checkpoint.py import --hf models/llama --save checkpoints/llama\n"
-        "  torchrun --nproc-per-node 2 tools/convert_checkpoint.py import --hf org/model --save checkpoints/model \\\n"
-        "      --tensor-model-parallel-size 2",
+        "  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/convert_checkpoint.py import \\\n"
+        "      --hf org/model --save checkpoints/model --tensor-model-parallel-size 2",
     )
     parser.add_argument("--hf", required=True, metavar="FOLDER", help="the Hugging Face model, or its name on the hub")
     parser.add_argument("--save", required=True, type=Path, metavar="FOLDER", help="the checkpoint folder to make")
@@ -62,20 +67,13 @@ def _add_import(commands: object) -> None:
         choices=("keep", "fp32", "bf16"),
         help="of the weights; keep (default): as in the files, fp16 as fp32",
     )
-    parser.add_argument(
-        "--make-vocab-size-divisible-by",
-        type=int,
-        metavar="N",
-        help="vocabulary rows are padded to a multiple of this times the tensor-parallel size (default 128)",
-    )
     _add_common(parser, "in place of the one in the --hf folder")
-    _add_device(parser)
-    _add_layout(parser)
+    add_fields(parser, ModelConfig, ("make_vocab_size_divisible_by",))
+    add_fields(parser.add_argument_group("layout"), ParallelConfig, (*_SIZES, "device"), defaults=_CPU)
 
 
-def _add_export(commands: object) -> None:
-    parser = _parser(
-        commands.add_parser,  # type: ignore[attr-defined]
+def _add_export(commands: Commands) -> None:
+    parser = commands.add_parser(
         "export",
         help="distributed checkpoint to Hugging Face folder",
         description="Distributed checkpoint to a Hugging Face folder: config.json, generation_config.json, tokenizer, "
@@ -100,17 +98,16 @@ def _add_export(commands: object) -> None:
     _add_common(parser, "in place of the one that the checkpoint names")
 
 
-def _add_verify(commands: object) -> None:
-    parser = _parser(
-        commands.add_parser,  # type: ignore[attr-defined]
+def _add_verify(commands: Commands) -> None:
+    parser = commands.add_parser(
         "verify",
         help="compare per-token log-probabilities of both",
         description="Per-token log-probabilities of the same tokens under transformers (the --hf folder, in fp32) "
         "and Megatron (the\n--load checkpoint, or the --hf folder imported on the fly). Exits with 1 above the "
         "tolerance.",
         epilog="example:\n"
-        "  torchrun --nproc-per-node 2 tools/convert_checkpoint.py verify --hf models/llama --text sample.txt \\\n"
-        "      --pipeline-model-parallel-size 2 --report verify.json",
+        "  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/convert_checkpoint.py verify \\\n"
+        "      --hf models/llama --text sample.txt --pipeline-model-parallel-size 2 --report verify.json",
     )
     parser.add_argument("--hf", required=True, metavar="FOLDER", help="the Hugging Face model, or its name on the hub")
     parser.add_argument("--load", type=Path, metavar="FOLDER", help="the checkpoint (default: import --hf in memory)")
@@ -120,7 +117,6 @@ def _add_verify(commands: object) -> None:
     parser.add_argument("--num-sequences", type=int, default=8, metavar="N", help="lines or draws (default 8)")
     parser.add_argument("--seq-length", type=int, metavar="N", help="tokens of each at most (default 64, or all)")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of random tokens (default 1234)")
-    parser.add_argument("--bf16", action="store_true", help="Megatron's side in bf16, as a run with --bf16 has it")
     parser.add_argument(
         "--tolerance",
         type=float,
@@ -130,8 +126,8 @@ def _add_verify(commands: object) -> None:
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the result as JSON")
     parser.add_argument("--tokenizer", metavar="PATH", help="to read --text with, in place of the one in --hf")
-    _add_device(parser)
-    _add_layout(parser)
+    add_fields(parser.add_argument_group("layout"), ParallelConfig, (*_SIZES, "device"), defaults=_CPU)
+    add_fields(parser.add_argument_group("precision of Megatron's side"), PrecisionConfig, ("bf16",))
 
 
 def _add_common(parser: argparse.ArgumentParser, instead: str) -> None:
@@ -144,35 +140,20 @@ def _add_common(parser: argparse.ArgumentParser, instead: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder of the same kind")
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where the model is held (default cpu)"
-    )
-
-
-_SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size")
-
-
-def _add_layout(parser: argparse.ArgumentParser) -> None:
-    for name in _SIZES:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=1, metavar="N")
-
-
 def _layout(args: argparse.Namespace) -> ParallelConfig:
     """The layout of this launch: one replica of the model.
 
     Raises:
         ConfigError: the ranks are not as many as it has.
     """
-    from megatron_groupdpo.config import ParallelConfig
-
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = {name: getattr(args, name, 1) for name in _SIZES}
-    if min(sizes.values()) < 1 or math.prod(sizes.values()) != world:
+    # Rank 0 may read a model or score under transformers for long while the others wait.
+    parallel = ParallelConfig(**given_fields(args, ParallelConfig), distributed_timeout_minutes=24 * 60)
+    sizes = {name: getattr(parallel, name) for name in _SIZES}
+    if math.prod(sizes.values()) != world:
         listed = " x ".join(f"{name.split('_')[0]} {size}" for name, size in sizes.items())
         raise ConfigError(f"{world} ranks must be {listed} parallel; change --nproc-per-node or the sizes")
-    # Rank 0 may read a model or score under transformers for long while the others wait.
-    return ParallelConfig(device=args.device, distributed_timeout_minutes=24 * 60, **sizes)
+    return parallel
 
 
 def run(argv: Sequence[str]) -> None:
@@ -183,17 +164,18 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    parallel, padding = _layout(args), given_fields(args, ModelConfig)
     from megatron_groupdpo.convert.hf.hub import model_folder
     from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf, prepare_import
 
     options = ImportOptions(
+        **padding,
         dtype=args.dtype,
-        make_vocab_size_divisible_by=args.make_vocab_size_divisible_by,
         tokenizer=args.tokenizer,
         with_tokenizer=not args.no_tokenizer,
         overwrite=args.overwrite,
     )
-    parallel, folder = _layout(args), model_folder(args.hf)
+    folder = model_folder(args.hf)
     _, model, _ = prepare_import(folder, args.save, options)  # refused before anything starts
     check_divides(model, parallel)
     from megatron_groupdpo.mcore.setup import initialize, shut_down
@@ -231,12 +213,11 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from megatron_groupdpo.config import PrecisionConfig
+    parallel, precision = _layout(args), PrecisionConfig(**given_fields(args, PrecisionConfig))
     from megatron_groupdpo.convert import verify
     from megatron_groupdpo.convert.hf.hub import model_folder
     from megatron_groupdpo.convert.hf.model import open_hf_model
 
-    parallel = _layout(args)
     source = open_hf_model(model_folder(args.hf))
     check_divides(source.model, parallel)
     positions, vocab_size = source.model.max_position_embeddings, source.model.vocab_size
@@ -259,7 +240,7 @@ def _verify(args: argparse.Namespace) -> None:
         args.load,
         sequences,
         parallel=parallel,
-        precision=PrecisionConfig(bf16=args.bf16),
+        precision=precision,
         ranks=ranks,
         tolerance=args.tolerance,
         text=text,
@@ -268,8 +249,8 @@ def _verify(args: argparse.Namespace) -> None:
         print(verify.describe(result), flush=True)
         if args.report is not None:
             layout = {name: getattr(parallel, name) for name in _SIZES}
-            said = {"hf": str(args.hf), "checkpoint": args.load and str(args.load), "layout": layout}
-            verify.write_report(args.report, result, **said, dtype="bf16" if args.bf16 else "fp32")
+            where = {"hf": str(args.hf), "checkpoint": args.load and str(args.load), "layout": layout}
+            verify.write_report(args.report, result, **where, dtype="bf16" if precision.bf16 else "fp32")
     shut_down()
     if not result.passed:
         mean = "" if result.mean_tolerance is None else f", or on average by more than {result.mean_tolerance:.3g}"

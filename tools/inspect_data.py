@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from megatron_groupdpo.config import CommandParser
 from megatron_groupdpo.data.inspect import show
 from megatron_groupdpo.data.inspect.inspection import Records, inspect_records, inspect_store, num_looked_at
 from megatron_groupdpo.data.inspect.report import report
@@ -22,7 +23,7 @@ from megatron_groupdpo.data.inspect.verify import store_bytes, verify_store
 from megatron_groupdpo.data.schemas import SCHEMAS, SchemaOptions
 from megatron_groupdpo.data.schemas.fields import weights_from
 from megatron_groupdpo.data.store.format import META, read_meta
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError, DataError
 
@@ -40,16 +41,11 @@ examples:
 COMMANDS = ("stats", "show")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line; ``stats`` is meant where no command is given."""
-    parser = argparse.ArgumentParser(
-        prog="inspect_data.py",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog="inspect_data.py", description=__doc__, epilog=EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{stats,show}")
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = CommandParser(add_help=False)
     common.add_argument(
         "source",
         nargs="+",
@@ -60,9 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--schema", metavar="NAME", help=f"of records: auto (default), or one of {names}")
     common.add_argument("--score-weights", nargs="+", metavar="NAME=WEIGHT", help="as for preprocess_data.py")
     common.add_argument(
-        "--tokenizer-model", metavar="PATH", help="where a store's tokenizer is now; its digest must match"
+        "--tokenizer-model",
+        metavar="PATH",
+        help="where a store's tokenizer is now; its digest must match. For records: whose control tokens to look for",
     )
-    stats = commands.add_parser("stats", parents=[common], allow_abbrev=False, help="statistics and warnings (default)")
+    common.add_argument("--tokenizer-type", metavar="TYPE", help="of --tokenizer-model, for records")
+    stats = commands.add_parser("stats", parents=[common], help="statistics and warnings (default)")
     stats.add_argument("--plot", type=Path, metavar="FILE", help="histograms, as .png or .html")
     stats.add_argument("--json", action="store_true", help="print JSON instead of text")
     stats.add_argument(
@@ -73,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     stats.add_argument("--seed", type=int, metavar="N", help="of the sample of a store (default 0)")
     stats.add_argument("--verify", action="store_true", help="only compare every file of the store with its digest")
-    one = commands.add_parser("show", parents=[common], allow_abbrev=False, help="print groups")
+    one = commands.add_parser("show", parents=[common], help="print groups")
     which = one.add_mutually_exclusive_group()
     which.add_argument("--index", type=int, nargs="+", metavar="I", help="by number, from 0")
     which.add_argument("--where", metavar="FILE:LINE", help="by the record it came from")
@@ -110,7 +109,7 @@ def _store_folder(args: argparse.Namespace) -> Path | None:
     folders = [Path(source) for source in args.source if (Path(source) / META).is_file()]
     if folders and len(args.source) > 1:
         raise ConfigError(f"inspect one token store at a time, got {' '.join(args.source)}")
-    idle = ("schema", "score_weights") if folders else ("tokenizer_model", "tokens", "seed", "verify")
+    idle = ("schema", "score_weights", "tokenizer_type") if folders else ("tokens", "seed", "verify")
     for name in idle:
         if getattr(args, name, None) not in (None, False):
             raise ConfigError(
@@ -136,7 +135,7 @@ def _stats(args: argparse.Namespace, folder: Path | None) -> None:
         records = _records(args)
         total = records.count()
         with _bar(total and num_looked_at(total, args.limit), " groups") as bar:
-            inspection = inspect_records(records, limit=args.limit, on_progress=bar.update)
+            inspection = inspect_records(records, _named_tokenizer(args), limit=args.limit, on_progress=bar.update)
     else:
         store, tokenizer, missing = _open(args, folder, must_decode=False)
         with _bar(num_looked_at(len(store), args.limit), " groups") as bar:
@@ -213,6 +212,15 @@ def _open(args: argparse.Namespace, folder: Path, *, must_decode: bool) -> tuple
             raise
         return store, None, str(error)
     return store, tokenizer, ""
+
+
+def _named_tokenizer(args: argparse.Namespace) -> Tokenizer | None:
+    """The tokenizer that the command line names for records."""
+    if (args.tokenizer_model is None) != (args.tokenizer_type is None):
+        raise ConfigError("--tokenizer-model and --tokenizer-type go together for records; give both or neither")
+    if args.tokenizer_model is None:
+        return None
+    return load_tokenizer(TokenizerOptions(kind=args.tokenizer_type, model=args.tokenizer_model))
 
 
 def _records(args: argparse.Namespace) -> Records:

@@ -11,6 +11,7 @@ from typing import get_args
 
 from tqdm import tqdm
 
+from megatron_groupdpo.config import CommandParser
 from megatron_groupdpo.data.counts import summary_table
 from megatron_groupdpo.data.files.reader import count_records, expand_inputs
 from megatron_groupdpo.data.preprocess import partition
@@ -32,15 +33,9 @@ command goes on where it was.
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = CommandParser(prog="preprocess_data.py", description=__doc__, epilog=EXAMPLE)
     files = parser.add_argument_group("files")
     files.add_argument(
         "--input",
@@ -85,14 +80,24 @@ def build_parser() -> argparse.ArgumentParser:
         "--partition",
         default="label",
         metavar=_choices(partition.PartitionRule),
-        help="label (default): as the data say; topk: the best values against the worst; threshold; "
+        help="label (default): as the data say; topk: the best values against the worst, in the "
+        "ratio of --positives to --negatives where a group is smaller than both together; threshold; "
         "mean: above against below the group's mean; rank: the best value against the rest; "
         "best-worst: one of the best against one of the worst; random-pair: two of different values",
     )
     sides.add_argument("--positives", type=int, metavar="K", help="best responses to take (topk)")
     sides.add_argument("--negatives", type=int, metavar="K", help="worst responses to take (topk)")
     sides.add_argument("--threshold", type=float, metavar="X", help="a value >= X is positive (threshold)")
-    sides.add_argument("--seed", type=int, metavar="N", help="of the drawn pairs (random-pair; default 0)")
+    sides.add_argument(
+        "--seed", type=int, metavar="N", help="of what is drawn (random-pair, --tie-break random; default 0)"
+    )
+    sides.add_argument(
+        "--tie-break",
+        default="drop",
+        metavar=_choices(partition.TieBreak),
+        help="responses that tie at a boundary of topk: none is taken (default), random ones, the shortest, or the "
+        "first of the file",
+    )
     sides.add_argument(
         "--duplicates",
         default="drop",
@@ -137,6 +142,28 @@ def build_parser() -> argparse.ArgumentParser:
         "--apply-chat-template", action="store_true", help="wrap plain-text prompts and responses as chat turns"
     )
     tokens.add_argument(
+        "--chat-template-kwargs",
+        metavar="JSON",
+        help="arguments of the chat template, such as '{\"enable_thinking\": false}'; a record's own win",
+    )
+    tokens.add_argument(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        help="the date that a chat template is told (default: the day the store was begun)",
+    )
+    tokens.add_argument(
+        "--train-on-turn-tail",
+        action="store_true",
+        help="train on what the template writes after an answer's end token too (a line break), as TRL does",
+    )
+    tokens.add_argument(
+        "--response-text",
+        default="template",
+        metavar=_choices(tokenize.ResponseText),
+        help="train on what the chat template makes of a response (default), or on all of its text as it is, where "
+        "the template would cut it",
+    )
+    tokens.add_argument(
         "--add-bos",
         default="auto",
         metavar=_choices(tokenize.AddBos),
@@ -163,10 +190,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    args = build_parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that clean-up runs
     try:
-        return _run(args)
+        return _run(build_parser().parse_args(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -189,6 +215,10 @@ def _run(args: argparse.Namespace) -> int:
             add_bos=args.add_bos,
             apply_chat_template=args.apply_chat_template,
             prefix_mismatch=args.prefix_mismatch,
+            train_on_turn_tail=args.train_on_turn_tail,
+            response_text=args.response_text,
+            template_date=args.template_date,
+            template_arguments=tokenize.arguments_from(args.chat_template_kwargs),
         ),
         partition=partition.Partition(
             rule=args.partition,
@@ -196,6 +226,7 @@ def _run(args: argparse.Namespace) -> int:
             negatives=args.negatives,
             threshold=args.threshold,
             seed=args.seed,
+            tie_break=args.tie_break,
             duplicates=args.duplicates,
             max_positives=args.max_positives,
             max_negatives=args.max_negatives,

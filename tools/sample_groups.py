@@ -9,10 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config import (
+    CommandParser,
+    ParallelConfig,
+    PrecisionConfig,
+    add_fields,
+    given_fields,
+    validate_machine,
+)
 from megatron_groupdpo.convert.hf.tokenizers import options_for, where_it_is_now
 from megatron_groupdpo.data.text.identity import describe, differences, options_of
 from megatron_groupdpo.data.text.tokenizer import Tokenizer, load_tokenizer
@@ -22,19 +28,20 @@ from megatron_groupdpo.online.problems import read_problems
 from megatron_groupdpo.online.verifiers import get_verifier, verifier_names
 
 EXAMPLE = """example:
-  torchrun --nproc-per-node 2 tools/sample_groups.py --load runs/warm --prompts data/problems.jsonl \\
-      --num-samples-per-prompt 8 --output data/groups.jsonl
+  OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 tools/sample_groups.py \\
+      --load runs/warm --prompts data/problems.jsonl --num-samples-per-prompt 8 --output data/groups.jsonl
 
 Prompts are problems with known answers, as megatron_groupdpo.online.problems writes them, or GSM8K's. Ranks share
 them; what is drawn does not depend on how many ranks there are, nor on the batch size.
 """
 
 
-def parse() -> argparse.Namespace:
+LAYOUT, PRECISION = ("tensor_model_parallel_size", "device"), ("bf16",)
+
+
+def build_parser() -> CommandParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(prog="sample_groups.py", description=__doc__, epilog=EXAMPLE)
     parser.add_argument("--load", required=True, metavar="FOLDER", help="checkpoint to sample from")
     parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON Lines of problems with known answers")
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON Lines of group records to write")
@@ -42,47 +49,60 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest response (128)")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0 takes the likeliest token (1)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling (1: off)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (0)")
     parser.add_argument("--batch-size", type=int, default=256, metavar="N", help="sequences decoded together (256)")
-    parser.add_argument("--verifier", choices=verifier_names(), default="exact_answer")
+    parser.add_argument(
+        "--verifier", choices=verifier_names(), default="exact_answer", help="how an answer is judged (exact_answer)"
+    )
     parser.add_argument("--tokenizer-model", metavar="PATH", help="where the checkpoint's tokenizer is now, if moved")
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--overwrite", action="store_true", help="replace the output file")
-    args = parser.parse_args()
+    add_fields(parser.add_argument_group("layout"), ParallelConfig, LAYOUT)
+    add_fields(parser.add_argument_group("precision"), PrecisionConfig, PRECISION)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what cannot be done, and an output that is there already.
+
+    Raises:
+        UserError: the rule, the value and the way out.
+    """
+    sizes = (args.num_samples_per_prompt, args.max_new_tokens, args.batch_size)
+    if min(sizes) < 1:
+        raise ConfigError(
+            "--num-samples-per-prompt, --max-new-tokens and --batch-size must be >= 1; they are "
+            f"{', '.join(map(str, sizes))}."
+        )
+    if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1):
+        raise ConfigError(f"temperature must be >= 0 and top_p in (0, 1]; got {args.temperature} and {args.top_p}")
     if Path(args.output).is_dir():
         raise UserError(f"{args.output} is a folder; give a file to --output")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     if Path(args.output).exists() and not args.overwrite:
         raise UserError(f"{args.output} exists; choose another --output or add --overwrite")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    sizes = (args.num_samples_per_prompt, args.max_new_tokens, args.batch_size, args.tensor_model_parallel_size)
-    if min(sizes) < 1 or world % args.tensor_model_parallel_size:
-        raise ConfigError(
-            f"sizes must be at least 1 and {world} ranks a multiple of the tensor-parallel size; got "
-            f"num_samples_per_prompt, max_new_tokens, batch_size, tensor_model_parallel_size = {sizes}"
-        )
-    if not (0 <= args.temperature < float("inf") and 0 < args.top_p <= 1):
-        raise ConfigError(f"temperature must be >= 0 and top_p in (0, 1]; got {args.temperature} and {args.top_p}")
-    return args
 
 
 def main() -> None:
     """Sample on this launch's ranks, write on one."""
-    args = parse()
+    args = build_parser().parse_args()
+    parallel = ParallelConfig(**given_fields(args, ParallelConfig))
+    precision = PrecisionConfig(**given_fields(args, PrecisionConfig))
+    validate_machine(parallel, precision, int(os.environ.get("WORLD_SIZE", "1")))
+    check(args)
+    problems = read_problems(Path(args.prompts))
+    # PyTorch and Megatron take seconds to import: what is mistyped is answered before.
+    import torch.distributed as dist
+
     from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common
     from megatron_groupdpo.mcore.generate import SamplingOptions
     from megatron_groupdpo.mcore.policy import load_policy
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.online.rollouts import rollout_groups
 
-    problems = read_problems(Path(args.prompts))
-    parallel = ParallelConfig(tensor_model_parallel_size=args.tensor_model_parallel_size, device=args.device)
     ranks = initialize(parallel, seed=args.seed)
     folder = find_checkpoint(Path(args.load))
     tokenizer = find_tokenizer(args, read_common(folder)["config"].get("tokenizer"), folder)
-    policy = load_policy(folder, parallel, PrecisionConfig(bf16=args.bf16), ranks)
+    policy = load_policy(folder, parallel, precision, ranks)
     mine = problems[ranks.dp_group.rank() :: ranks.dp_group.size()]
     bar = tqdm(
         total=len(mine) * args.num_samples_per_prompt,

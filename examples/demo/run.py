@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -43,12 +44,14 @@ class Demo:
 
     def call(self, *words: object, ranks: int | None = None) -> None:
         """Run a command of the repository, printed first; its failure ends the demo."""
-        launcher = [sys.executable]
+        launcher, environment = [sys.executable], {}
         if ranks is not None:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+            environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
         command = [*launcher, *(str(word) for word in words)]
-        print("$ " + shlex.join(command), flush=True)
-        if subprocess.run(command, check=False).returncode:
+        shown = [*(f"{name}={value}" for name, value in environment.items()), shlex.join(command)]
+        print("$ " + " ".join(shown), flush=True)
+        if subprocess.run(command, check=False, env=os.environ | environment).returncode:
             raise SystemExit(f"the demo stopped: the command above failed; its files are in {self.folder}")
 
 

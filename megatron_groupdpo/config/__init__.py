@@ -9,8 +9,9 @@ from megatron_groupdpo.config.derived import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.flags import CommandParser, add_fields, given_fields
 from megatron_groupdpo.config.load import load_config, to_yaml
-from megatron_groupdpo.config.rules.validate import validate
+from megatron_groupdpo.config.rules.validate import validate, validate_machine
 from megatron_groupdpo.config.sections.machine import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.config.sections.run import (
     CheckpointConfig,
@@ -24,6 +25,7 @@ from megatron_groupdpo.config.sections.train_config import TrainConfig
 
 __all__ = [
     "CheckpointConfig",
+    "CommandParser",
     "DataConfig",
     "LoggingConfig",
     "ModelConfig",
@@ -33,7 +35,9 @@ __all__ = [
     "PrecisionConfig",
     "TrainConfig",
     "TrainingConfig",
+    "add_fields",
     "data_parallel_size",
+    "given_fields",
     "load_config",
     "lr_decay_iters",
     "lr_warmup_iters",
@@ -41,4 +45,5 @@ __all__ = [
     "to_yaml",
     "train_iters",
     "validate",
+    "validate_machine",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+from megatron_groupdpo.config.sections.machine import ParallelConfig
 from megatron_groupdpo.config.sections.run import ObjectiveConfig
 from megatron_groupdpo.config.sections.train_config import TrainConfig
 from megatron_groupdpo.objectives import OBJECTIVES, hyperparameter_names
@@ -14,12 +15,11 @@ _HYPERPARAMETERS = frozenset(name for objective in OBJECTIVES for name in hyperp
 
 def data_parallel_size(config: TrainConfig, world_size: int) -> int:
     """Replicas of the model; ``world_size`` must be a multiple of the model's ranks."""
-    return world_size // model_ranks(config)
+    return world_size // model_ranks(config.parallel)
 
 
-def model_ranks(config: TrainConfig) -> int:
+def model_ranks(parallel: ParallelConfig) -> int:
     """Ranks of one replica: tensor x pipeline x context."""
-    parallel = config.parallel
     return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 

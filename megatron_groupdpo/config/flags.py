@@ -1,13 +1,16 @@
-"""Command-line flags and ``--help``, made from the fields of a configuration class."""
+"""Command lines: flags and ``--help`` made from the fields of a configuration, and how every command refuses."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
-from megatron_groupdpo.config.options import Option, did_you_mean, options, sections
+from megatron_groupdpo.config.coerce import coerce
+from megatron_groupdpo.config.options import Option, did_you_mean, options, options_of, sections
 from megatron_groupdpo.errors import ConfigError
 
 _EPILOG = (
@@ -28,12 +31,46 @@ def parse_flags(config_class: type, argv: Sequence[str]) -> tuple[str | None, di
     known, rest = _parser(config_class).parse_known_args(argv)
     given = vars(known)
     if rest:
-        word = rest[0].split("=")[0]
-        if word.startswith("--"):
-            flags = ["--config", *(flag for option in options(config_class) for flag in flags_of(option))]
-            raise ConfigError(f"unknown flag {word!r}{did_you_mean(word, flags, otherwise='; see --help.')}")
-        raise ConfigError(f"unexpected argument {word!r}; fields are given as --name value, see --help.")
+        raise ConfigError(f"unexpected argument {rest[0]!r}; fields are given as --name value, see --help.")
     return given.pop("--config", None), given
+
+
+def add_fields(
+    parser: argparse._ActionsContainer,
+    section_class: type,
+    names: Sequence[str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Flags for some fields of a section, with the help that training shows for them.
+
+    Args:
+        parser: of a command, or a group of its flags.
+        section_class: such as ParallelConfig.
+        names: its fields.
+        defaults: of the command, where they are not the section's.
+    """
+    known = {option.name: option for option in options_of(section_class)}
+    for name in names:
+        option = known[name]
+        if defaults and name in defaults:
+            option = dataclasses.replace(option, default=defaults[name])
+            _add_flag(parser, option, default=option.default)
+        else:
+            _add_flag(parser, option)
+
+
+def given_fields(args: argparse.Namespace, section_class: type) -> dict[str, Any]:
+    """Keywords of a section from the flags of :func:`add_fields`, checked as training checks them.
+
+    Raises:
+        ConfigError: a value does not fit its field.
+    """
+    return {
+        option.name: coerce(getattr(args, option.name), option.hint, where=option.flag, choices=option.choices)
+        for option in options_of(section_class)
+        if option.name in args
+    }
 
 
 def flags_of(option: Option) -> list[str]:
@@ -64,18 +101,38 @@ class _Formatter(argparse.HelpFormatter):
         return super()._format_action_invocation(action)
 
 
-class _Parser(argparse.ArgumentParser):
+class _RawFormatter(_Formatter, argparse.RawDescriptionHelpFormatter):
+    """Examples keep their lines."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Refuses with a :class:`ConfigError`, one message as every other; an unknown flag with the nearest known one."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"formatter_class": _RawFormatter, "allow_abbrev": False} | kwargs)
+
     def error(self, message: str) -> NoReturn:
+        """Instead of the usage and exit status 2."""
         raise ConfigError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Unknown flags are refused first: a mistyped one may be what makes another seem to be missing."""
+        words = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # else the words behind a sub-command are for its own parser
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            for word in words[: words.index("--")] if "--" in words else words:
+                name = word.split("=")[0]
+                if name.startswith("--") and name not in flags:
+                    raise ConfigError(f"unknown flag {name!r}{did_you_mean(name, flags, otherwise='; see --help.')}")
+        return super().parse_known_args(words, namespace)
 
 
 def _parser(config_class: type) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         usage="%(prog)s --config FILE [--field value ...]",
         description="Fields come from a YAML file of sections, and from flags of the same names.",
         epilog=_EPILOG,
         formatter_class=_Formatter,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", dest="--config", metavar="FILE", help="YAML file with the sections below.")
@@ -87,14 +144,18 @@ def _parser(config_class: type) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, option: Option) -> None:
-    text = f"{option.doc} ({_default_text(option)})".replace("%", "%%")
+def _add_flag(group: argparse._ActionsContainer, option: Option, default: Any = argparse.SUPPRESS) -> None:
+    keywords: dict[str, Any] = {
+        "dest": option.name,
+        "default": default,
+        "help": f"{option.doc} ({_default_text(option)})".replace("%", "%%"),
+    }
     if option.hint is bool:
-        group.add_argument(*flags_of(option), dest=option.name, action=_Switch, nargs="?", help=text)
-    elif typing.get_origin(option.hint) is tuple:
-        group.add_argument(option.flag, dest=option.name, nargs="*", metavar=_metavar(option), help=text)
-    else:
-        group.add_argument(option.flag, dest=option.name, metavar=_metavar(option), help=text)
+        group.add_argument(*flags_of(option), action=_Switch, nargs="?", **keywords)
+        return
+    if typing.get_origin(option.hint) is tuple:
+        keywords["nargs"] = "*"
+    group.add_argument(option.flag, metavar=_metavar(option), **keywords)
 
 
 def _default_text(option: Option) -> str:

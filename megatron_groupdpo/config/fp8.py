@@ -1,12 +1,12 @@
 """FP8 recipes and precisions: what a recipe asks of shapes and of the GPU, and the name of a precision. Needs no torch.
 
 Sizes are Transformer Engine 2.11's: a tensor is quantized if its last dimension is a multiple of 16 and the others'
-product of 8 (``pytorch/utils.py``, ``assert_dim_for_fp8_exec``), and the weight gradient, whose inner dimension is the
-tokens, needs 16 (``pytorch/quantization.py``, ``get_align_size_for_quantization``: 32 for mxfp8). The blocks of mxfp8
-have 32 elements, those of blockwise 128; what sequence parallelism gathers must hold whole blocks in both directions
-(``tensor/mxfp8_tensor.py`` and ``tensor/float8_blockwise_tensor.py``, ``is_quantizable``). Blocks are kept whole on
-every layout, so that which tokens share one does not depend on it; but those of an expert's tokens, which Megatron pads
-to 16 (32 for mxfp8) expert by expert.
+product of 8 (``assert_dim_for_fp8_exec`` in ``transformer_engine/pytorch/utils.py``), and the weight gradient, whose
+inner dimension is the tokens, needs 16 (``get_align_size_for_quantization`` in
+``transformer_engine/pytorch/quantization.py``: 32 for mxfp8). The blocks of mxfp8 have 32 elements, those of blockwise
+128; what sequence parallelism gathers must hold whole blocks in both directions (``is_quantizable`` of the tensors of
+either kind). Blocks are kept whole on every layout, so that which tokens share one does not depend on it; but those of
+an expert's tokens, which Megatron pads to 16 (32 for mxfp8) expert by expert.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mx
 def fp8_recipes(capability: tuple[int, int]) -> tuple[str, ...]:
     """FP8 recipes of Transformer Engine that run on a device of this compute capability.
 
-    Source: ``check_recipe_support`` in its ``pytorch/quantization.py``; 12.0 has no mxfp8 for all layouts.
+    Source: ``check_recipe_support`` in ``transformer_engine/pytorch/quantization.py``; 12.0 has no mxfp8 for all
+    layouts.
     """
     able = (recipe for recipe, least in _CAPABILITY.items() if capability >= least)
     return tuple(recipe for recipe in able if recipe != "mxfp8" or capability < (12, 0))

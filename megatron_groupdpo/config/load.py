@@ -47,16 +47,29 @@ def load[C](
             value = coerce(flags[option.name], option.hint, where=option.flag, choices=option.choices)
             given[option.section, option.name] = value
     given = complete(given)
-    missing = [o for o in options(config_class) if o.required and (o.section, o.name) not in given]
-    if missing:
-        names = ", ".join(f"{o.name} ({o.section})" for o in missing)
-        raise ConfigError(f"required and not given: {names}. Set them in the --config file or as flags.")
+    refuse_missing(config_class, given)
     return config_class(
         **{
             section: section_class(**{name: value for (s, name), value in given.items() if s == section})
             for section, section_class in sections(config_class).items()
         }
     )
+
+
+def refuse_missing(config_class: type, given: Given, *, but: str | None = None) -> None:
+    """Refuse what lacks a required field, those of section ``but`` aside.
+
+    Raises:
+        ConfigError: all that are missing.
+    """
+    missing = [
+        option
+        for option in options(config_class)
+        if option.required and option.section != but and (option.section, option.name) not in given
+    ]
+    if missing:
+        names = ", ".join(f"{option.name} ({option.section})" for option in missing)
+        raise ConfigError(f"required and not given: {names}. Set them in the --config file or as flags.")
 
 
 def to_yaml(config: Any) -> str:

@@ -50,25 +50,29 @@ def sections(config_class: type) -> dict[str, type]:
 @cache
 def options(config_class: type) -> tuple[Option, ...]:
     """Every field of every section. Field names are unique over the sections, because flags are flat."""
-    found: list[Option] = []
-    for section, section_class in sections(config_class).items():
-        hints = typing.get_type_hints(section_class, include_extras=True)
-        docs = field_docs(section_class)
-        found += [
-            Option(
-                section=section,
-                name=field.name,
-                hint=hints[field.name],
-                default=field.default,
-                doc=docs.get(field.name, ""),
-                choices=field.metadata.get("choices"),
-                unset=field.metadata.get("unset", "none"),
-            )
-            for field in dataclasses.fields(section_class)
-        ]
+    found = [option for name, section in sections(config_class).items() for option in options_of(section, name)]
     names = [option.name for option in found]
     assert len(set(names)) == len(names), "a field name occurs in two sections; its flag would be ambiguous"
     return tuple(found)
+
+
+@cache
+def options_of(section_class: type, section: str = "") -> tuple[Option, ...]:
+    """Every field of one section, which is called ``section``."""
+    hints = typing.get_type_hints(section_class, include_extras=True)
+    docs = field_docs(section_class)
+    return tuple(
+        Option(
+            section=section,
+            name=field.name,
+            hint=hints[field.name],
+            default=field.default,
+            doc=docs.get(field.name, ""),
+            choices=field.metadata.get("choices"),
+            unset=field.metadata.get("unset", "none"),
+        )
+        for field in dataclasses.fields(section_class)
+    )
 
 
 def field_docs(section_class: type) -> dict[str, str]:

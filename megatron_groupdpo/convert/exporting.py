@@ -19,7 +19,8 @@ from megatron_groupdpo.convert.families import Family, family_for_export, family
 from megatron_groupdpo.convert.folders import check_target, new_folder
 from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.files import byte_bar
-from megatron_groupdpo.convert.hf.model import CONFIG, GENERATION_CONFIG, model_of_config
+from megatron_groupdpo.convert.hf.folder import CONFIG, GENERATION_CONFIG
+from megatron_groupdpo.convert.hf.model import model_of_config
 from megatron_groupdpo.convert.hf.shards import write_json, write_shards
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.importing import DTYPES

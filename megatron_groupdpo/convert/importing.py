@@ -14,7 +14,8 @@ import yaml
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert.folders import check_target, new_folder_of_all_ranks
 from megatron_groupdpo.convert.hf import tokenizers
-from megatron_groupdpo.convert.hf.model import CONFIG, GENERATION_CONFIG, HfModel, open_hf_model
+from megatron_groupdpo.convert.hf.folder import CONFIG, GENERATION_CONFIG
+from megatron_groupdpo.convert.hf.model import HfModel, open_hf_model
 from megatron_groupdpo.convert.hf.side_files import check_generation_config
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.weights.loading import fill_on_all_ranks, with_vocabulary_padding

@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron_groupdpo.config import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.convert.hf import tokenizers
+from megatron_groupdpo.convert.hf.folder import is_hf_folder
 from megatron_groupdpo.convert.hf.hub import is_hub_name, model_folder
-from megatron_groupdpo.convert.hf.model import HfModel, is_hf_folder, open_hf_model
+from megatron_groupdpo.convert.hf.model import HfModel, open_hf_model
 from megatron_groupdpo.convert.importing import kept_of
 from megatron_groupdpo.convert.weights.loading import check_same_model, fill_on_all_ranks
 from megatron_groupdpo.errors import CheckpointError, DataError

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.policy import Policy
+from megatron_groupdpo.mcore.weights import finish_param_gather
 from megatron_groupdpo.objectives.keys import mix
 
 
@@ -58,7 +59,8 @@ def sample(
     """One response to each prompt; give a prompt several times, with different keys, for several responses.
 
     Args:
-        policy: a model without pipeline parallelism; every tensor-parallel rank makes the same call.
+        policy: a model without pipeline parallelism; every tensor-parallel rank makes the same call, and with gathers
+            that overlap (``--overlap-param-gather``) every rank.
         prompts: token ids [P] each.
         keys: int64 source of each response's draws.
         options: see :class:`SamplingOptions`.
@@ -69,6 +71,7 @@ def sample(
         ConfigError: pipeline, context or expert parallelism; prompt and response are longer than the model's positions.
     """
     _check_layout(policy, prompts, options)
+    finish_param_gather(policy.chunks)  # the output weight is read outside its module's forward
     responses: list[SampledResponse | None] = [None] * len(prompts)
     # Only prompts of one length share a batch: no padding, so no mask, and the cache is exact.
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))

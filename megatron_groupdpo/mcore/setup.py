@@ -99,8 +99,9 @@ def initialize(parallel: ParallelConfig, *, seed: int, deterministic: bool = Fal
         host_device.activate()
     else:
         torch.cuda.set_device(device)
-        # Megatron's overlap of communication and computation relies on one hardware queue per context.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron's overlap of communication and computation relies on one hardware queue per context. On the CPU nothing
+    # does, but Megatron asks for it there as well.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if not dist.is_initialized():
         dist.init_process_group(
             backend="gloo" if device.type == "cpu" else "nccl",
@@ -157,7 +158,11 @@ def current_ranks(device: torch.device) -> Ranks:
 
 
 def shut_down() -> None:
-    """Undo :func:`initialize`, so that a process can start another layout."""
+    """Undo :func:`initialize`, so that a process can start another layout.
+
+    A gloo group keeps its threads and its connections until the last reference to it has gone, destroyed or not: what
+    Megatron remembers of groups is forgotten here, and models that hold them are the caller's to drop.
+    """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import random as megatron_random
 
@@ -166,7 +171,22 @@ def shut_down() -> None:
 
         forget_models()
     parallel_state.destroy_model_parallel()
+    _forget_groups()
     megatron_random._CUDA_RNG_STATE_TRACKER = None
     megatron_random._CUDA_RNG_STATE_TRACKER_INITIALIZED = False
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    """Drop the groups that Megatron still holds after it has destroyed its parallel state."""
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import YarnRotaryEmbedding
+
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
+    # The last 32 calls of each are kept, with the module that was called and its context-parallel group.
+    for rotary in (RotaryEmbedding, YarnRotaryEmbedding):
+        rotary.forward.cache_clear()

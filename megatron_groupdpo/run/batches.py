@@ -58,7 +58,9 @@ class BatchSource:
         data_parallel_rank: int,
         context_parallel_rank: int = 0,
         reference: ReferenceLogProbs | None,
+        every_response: bool = False,
     ) -> None:
+        """``every_response``: all get a pass, also those that the loss does not read, as a validation needs them."""
         self.dataset = dataset
         self.group_ids = np.asarray(group_ids)
         self.loss = loss
@@ -68,6 +70,7 @@ class BatchSource:
         self.seed = seed
         self.sampler = sampler
         self.reference = reference
+        self.every_response = every_response
 
     def batch(self, consumed_groups: int, num_groups: int) -> PlannedBatch:
         """The ``num_groups`` groups after the first ``consumed_groups``."""
@@ -118,7 +121,15 @@ class BatchSource:
             start = index * num_groups
             yield self.batch(start, min(num_groups, total - start))
 
+    def trained_GK(self, batch: GroupBatch) -> torch.Tensor:
+        """[G, K] bool: the responses that the loss of these groups reads."""
+        arrays = {name: getattr(batch, name) for name in ("labels_GK", "values_GK", "tie_keys_GK", "group_keys_G")}
+        return self._trained(arrays)
+
     def _needs_pass(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return given["labels_GK"] != 0 if self.every_response else self._trained(given)
+
+    def _trained(self, given: dict[str, torch.Tensor]) -> torch.Tensor:
         """The responses the loss reads: those of the objective, and the positives that carry an NLL of their own."""
         options = self.loss
         used_GK = objectives.used_responses(options.objective, **given, **options.hyperparameters)
@@ -261,23 +272,23 @@ class DeviceFeed:
             return on_device(planned, self._device)
 
 
+_ON_DEVICE = ("tokens_BS", "position_ids_BS", "hidden_positions_T", "targets_T", "owners_T", "responses_r")
+"""Of a microbatch; the numbers of ``cu_seqlens`` are read by the host."""
+
+
 def on_device(planned: PlannedBatch, device: torch.device) -> PlannedBatch:
     """The batch with microbatches and reference log-probabilities on ``device``; the rest is read by the host."""
     return replace(
         planned,
-        microbatches=[microbatch.to(lambda tensor: to_device(tensor, device)) for microbatch in planned.microbatches],
+        microbatches=[
+            replace(microbatch, **{name: to_device(getattr(microbatch, name), device) for name in _ON_DEVICE})
+            for microbatch in planned.microbatches
+        ],
         ref_logps_R=to_device(planned.ref_logps_R, device),
     )
 
 
 def device_tensors(planned: PlannedBatch) -> list[Tensor]:
     """What :func:`on_device` moved."""
-    found = [planned.ref_logps_R]
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    for microbatch in planned.microbatches:
-        microbatch.to(note)
-    return found
+    of_microbatches = [getattr(microbatch, name) for microbatch in planned.microbatches for name in _ON_DEVICE]
+    return [planned.ref_logps_R, *of_microbatches]

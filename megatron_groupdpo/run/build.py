@@ -17,17 +17,18 @@ from megatron_groupdpo.config import (
     objective_hyperparameters,
     train_iters,
 )
+from megatron_groupdpo.config.changes import optimizer_changes
 from megatron_groupdpo.config.fp8 import precision_name, reference_precision
+from megatron_groupdpo.convert.hf.folder import is_hf_folder
 from megatron_groupdpo.convert.hf.hub import is_hub_name
-from megatron_groupdpo.convert.hf.model import is_hf_folder
 from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, load_any_policy
 from megatron_groupdpo.data.batches.planner import plan_options
-from megatron_groupdpo.data.batches.sampler import GroupSampler, Sampler, build_sampler
+from megatron_groupdpo.data.batches.sampler import BLENDS, GroupSampler, Sampler, build_sampler
 from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
 from megatron_groupdpo.data.text.identity import describe, differences
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
-from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration
+from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration, read_common
 from megatron_groupdpo.mcore.checkpoint.training import load_progress, load_training
 from megatron_groupdpo.mcore.fp8.weights import reload_masters
 from megatron_groupdpo.mcore.passes.optimizer import Updater, build_lr_schedule, build_optimizer
@@ -56,7 +57,7 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
     if not (config.objective.one_sided_nll and config.objective.nll_coeff):
         check_groups(train_data, config.objective.objective)
     tokenizer = _tokenizer(config, train_data, source, ranks)
-    order = _data_order(config, train_data)
+    order = data_order(config, train_data, source if resumes else None)
     if source is not None and source.hf is None and resumes:
         check_order(source.folder, order)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, train_data.vocab_size))
@@ -72,7 +73,7 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         decay_groups=lr_decay_iters(config) * config.training.global_batch_size,
     )
     updater = Updater(optimizer, schedule)
-    train, valid = _sources(config, loss, ranks, policy, train_data, valid_data)
+    train, valid = _sources(config, loss, ranks, policy, train_data, valid_data, blend=order.get("blend", BLENDS[-1]))
     # These may use the policy's own memory, so they come before its weights.
     reference_policy = _resident_reference(config, policy)
     not_probed = _probe(config, policy, train, valid, source)
@@ -92,11 +93,16 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
         loss=loss,
         train_iters=train_iters(config),
         weights_from=None if source is None else source.folder,
+        changes=() if source is None or not resumes else tuple(_changes(source.folder, config)),
         tokenizer=tokenizer,
         order=order,
         origin=None if source is None else source.origin(),
         starts_from_reference=starts_from_reference,
     )
+
+
+def _changes(folder: Path, config: TrainConfig) -> list[str]:
+    return optimizer_changes(read_common(folder)["config"].get("yaml"), config)
 
 
 def loss_options(config: TrainConfig) -> LossOptions:
@@ -167,8 +173,9 @@ def _tokenizer(config: TrainConfig, data: GroupDataset, source: StartWeights | N
     return {**chosen, "response_ends": response_ends(data, chosen)}
 
 
-def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
-    return {
+def data_order(config: TrainConfig, data: GroupDataset, resumed: StartWeights | None) -> dict[str, Any]:
+    """What the order of the groups follows from; of a run that goes on, as its checkpoint has it."""
+    order: dict[str, Any] = {
         "stores": [store.digest for store in data.stores],
         "seed": config.training.seed,
         "shuffle": config.data.shuffle,
@@ -176,6 +183,12 @@ def _data_order(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
         "curriculum": config.data.curriculum,
         "valid_fraction": config.data.valid_fraction,
     }
+    if config.data.data_weights:
+        order["blend"] = BLENDS[-1]
+        saved = None if resumed is None else read_common(resumed.folder)["config"].get("order")
+        if saved is not None and saved.get("blend", BLENDS[0]) in BLENDS:
+            order["blend"] = saved.get("blend", BLENDS[0])  # goes on as it began
+    return order
 
 
 def _weights_to_load(config: TrainConfig) -> tuple[StartWeights | None, bool]:
@@ -264,6 +277,8 @@ def _sources(
     policy: Policy,
     train_data: GroupDataset,
     valid_data: GroupDataset | None,
+    *,
+    blend: int,
 ) -> tuple[BatchSource, BatchSource | None]:
     train_ids, held_out_ids = split_by_prompt(train_data, config.data.valid_fraction)
     plan = plan_options(
@@ -276,7 +291,9 @@ def _sources(
         attention_cost=attention_cost(policy.model),
     )
 
-    def source(dataset: GroupDataset, group_ids: np.ndarray, sampler: Sampler) -> BatchSource:
+    def source(
+        dataset: GroupDataset, group_ids: np.ndarray, sampler: Sampler, *, every_response: bool = False
+    ) -> BatchSource:
         return BatchSource(
             dataset,
             group_ids,
@@ -287,7 +304,11 @@ def _sources(
             context_parallel_rank=ranks.cp_group.rank(),
             seed=config.training.seed,
             reference=open_reference(config, dataset),
+            every_response=every_response,
         )
+
+    def held_out(dataset: GroupDataset, group_ids: np.ndarray) -> BatchSource:
+        return source(dataset, group_ids, GroupSampler(len(group_ids), seed=0, shuffle=False), every_response=True)
 
     sampler = build_sampler(
         train_data,
@@ -296,14 +317,12 @@ def _sources(
         shuffle=config.data.shuffle,
         weights=config.data.data_weights,
         curriculum=config.data.curriculum,
+        blend=blend,
     )
     train = source(train_data, train_ids, sampler)
     if valid_data is not None:
-        valid_ids = np.arange(len(valid_data))
-        return train, source(valid_data, valid_ids, GroupSampler(len(valid_ids), seed=0, shuffle=False))
-    if len(held_out_ids):
-        return train, source(train_data, held_out_ids, GroupSampler(len(held_out_ids), seed=0, shuffle=False))
-    return train, None
+        return train, held_out(valid_data, np.arange(len(valid_data)))
+    return train, held_out(train_data, held_out_ids) if len(held_out_ids) else None
 
 
 def open_reference(config: TrainConfig, dataset: GroupDataset) -> ReferenceLogProbs | None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_groupdpo import objectives
 from megatron_groupdpo.config import TrainConfig
+from megatron_groupdpo.data.batches.sampler import BLENDS
 from megatron_groupdpo.data.store.reader import GroupDataset
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
 from megatron_groupdpo.mcore.checkpoint.folders import latest_iteration, read_common
@@ -38,10 +39,16 @@ def check_groups(dataset: GroupDataset, objective: str) -> None:
             "sft": "a positive",
             "weighted_mpo": "a positive, a negative and values",
         }.get(objective, "two distinct values" if description.needs_values else "a positive and a negative")
+        has_values = any(not np.isnan(store.values_R).all() for store in dataset.stores)
+        way_out = (
+            "preprocess with another --partition"
+            if has_values or not description.needs_values
+            # No partition makes values: the records must bring them, which pairs of texts do not.
+            else "preprocess records that give each response a score (of pairs: canonical records, say with 1 and 0)"
+        )
         raise DataError(
             f"{', '.join(str(store.path) for store in dataset.stores)}: objective {objective!r} needs groups with "
-            f"{needs}, and none of {len(dataset)} groups is one; choose another objective, or preprocess with another "
-            "--partition"
+            f"{needs}, and none of {len(dataset)} groups is one; choose another objective, or {way_out}"
         )
 
 
@@ -81,6 +88,7 @@ def check_order(source: Path, order: dict[str, Any]) -> None:
     before = read_common(source)["config"].get("order")
     if before is None:
         return
+    before = {"blend": BLENDS[0]} | before  # a checkpoint older than the number
     differ = [
         f"{name}: checkpoint {before.get(name)}, run {value}"
         for name, value in order.items()

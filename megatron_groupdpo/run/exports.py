@@ -13,7 +13,7 @@ import numpy as np
 from megatron_groupdpo.convert.exporting import ExportOptions, choose_form, export_hf
 from megatron_groupdpo.convert.folders import check_target
 from megatron_groupdpo.convert.hf import tokenizers
-from megatron_groupdpo.convert.hf.model import CONFIG
+from megatron_groupdpo.convert.hf.folder import CONFIG
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.data.store.reader import GroupDataset
 from megatron_groupdpo.data.text.identity import options_of

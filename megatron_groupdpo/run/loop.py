@@ -17,7 +17,7 @@ from megatron_groupdpo.mcore.checkpoint.training import save_checkpoint
 from megatron_groupdpo.run.batches import DeviceFeed, PlannedBatch, Prefetcher
 from megatron_groupdpo.run.exports import Exports
 from megatron_groupdpo.run.logs.flops import step_flops
-from megatron_groupdpo.run.logs.metrics import batch_metrics
+from megatron_groupdpo.run.logs.metrics import HeldOutMetrics, batch_metrics
 from megatron_groupdpo.run.logs.profile import StepProfiler
 from megatron_groupdpo.run.logs.start_report import print_start
 from megatron_groupdpo.run.logs.writer import RunLogger
@@ -125,7 +125,7 @@ def _iteration(
     progress = Progress(iteration=progress.iteration + 1, consumed_groups=progress.consumed_groups + size)
     if logger is not None:
         assert outcome is not None, "the logging rank is on the last stage"
-        metrics = batch_metrics(planned.batch, outcome.result, outcome.logps_R, outcome.ref_logps_R)
+        metrics = batch_metrics(planned.batch, outcome.result, outcome.logps_R, outcome.ref_logps_R, run.loss)
         metrics |= {"grad_norm": grad_norm, "lr": lr, "score_drift": outcome.score_drift, **proofs}
         # The metrics have waited for the device, so the events are over.
         metrics |= _speed(run, planned, time.perf_counter() - started) | timers.read()
@@ -136,23 +136,18 @@ def _iteration(
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Metrics over validation groups, weighted by groups; on ranks that hold the output layer, else empty."""
+    """Metrics over the groups of ``eval_iters`` validation batches; on ranks that hold the output layer, else empty."""
     assert run.valid is not None
-    sums: dict[str, tuple[float, int]] = {}
-    size = run.config.training.global_batch_size
-    for planned in run.valid.once(size, limit=run.config.training.eval_iters):
+    metrics = HeldOutMetrics(run.loss)
+    for planned in run.valid.once(run.config.training.global_batch_size, limit=run.config.training.eval_iters):
         ref_logps_R = reference_logps(run, planned)
         logps_R = run.policy.engine.score(planned.microbatches, planned.batch.num_responses)
         if logps_R is None:
             continue
         ref_logps_R = ref_logps_R.to(logps_R.device)
         result = group_loss(logps_R, ref_logps_R, planned.batch, run.loss)
-        for name, value in batch_metrics(planned.batch, result, logps_R, ref_logps_R).items():
-            # Means over active groups weigh as many groups as there were; the rest, all groups of the batch.
-            weight = planned.batch.num_groups if name.startswith("group/") else int(result.active_G.sum())
-            total, groups = sums.get(name, (0.0, 0))
-            sums[name] = (total + value * weight, groups + weight)
-    return {f"eval/{name}": total / groups for name, (total, groups) in sums.items() if groups}
+        metrics.add(planned.batch, result, logps_R, ref_logps_R, run.valid.trained_GK(planned.batch))
+    return metrics.values()
 
 
 def _validate(run: Run, progress: Progress, logger: RunLogger | None) -> None:

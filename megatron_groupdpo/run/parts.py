@@ -35,6 +35,8 @@ class Run:
     """At iteration 0 the policy has the reference's weights, so every score must be 0."""
     weights_from: Path | None
     """The checkpoint or Hugging Face folder that was loaded; none: seeded initial weights."""
+    changes: tuple[str, ...]
+    """``field: old -> new`` of optimizer and schedule, where the run goes on from a checkpoint made with others."""
     tokenizer: dict[str, Any]
     """The tokenizer of the data, as checkpoints record it for sampling and export."""
     order: dict[str, Any]

@@ -55,6 +55,8 @@ class GroupLoss:
     """[] float64: ``(1/B) sum_g phi_g``; 0 where no group is active."""
     nll_loss: Tensor
     """[] float64, not multiplied by its coefficient."""
+    nll_terms: Tensor
+    """[] float64: what it was divided by, B_nll or the positives' tokens; 0 where nothing carries it."""
     loss_G: Tensor
     """[G] float64: phi per group, 0 where the group is not active."""
     active_G: Tensor
@@ -87,6 +89,8 @@ class LossPlan:
     """[R] int64: each response's cell in the flattened [G, K]; G x K for one that has none."""
     nll_weights_R: Tensor
     """[R] float64: d NLL / d(-logp)."""
+    nll_terms: Tensor
+    """[] float64 on the host: as in :class:`GroupLoss`."""
 
     def scores_GK(self, scores_R: Tensor) -> Tensor:
         """[R] to [G, K], 0 in padding cells."""
@@ -110,13 +114,15 @@ def plan_loss(batch: GroupBatch, options: LossOptions, device: torch.device) -> 
     # A response whose tokens are all masked counts none of them: its log-probability and score are 0, not 0/0.
     counts_R = batch.num_tokens_R.double().clamp_min(1)
     scale_R = options.beta / counts_R if options.score_average else torch.full_like(counts_R, options.beta)
+    nll_weights_R, nll_terms = _nll_weights(options, groups, held_GK, cells_R, counts_R)
     return LossPlan(
         groups=groups.to(lambda tensor: to_device(tensor, device)),
         num_active=max(int(groups.active_G.sum()), 1),
         scale_R=to_device(scale_R, device),
         flat_index_GK=to_device(batch.flat_index_GK, device),
         cells_R=to_device(cells_R, device),
-        nll_weights_R=to_device(_nll_weights(options, groups, held_GK, cells_R, counts_R), device),
+        nll_weights_R=to_device(nll_weights_R, device),
+        nll_terms=nll_terms,
     )
 
 
@@ -142,6 +148,7 @@ def group_loss(
         loss=preference_loss + options.nll_coeff * nll_loss,
         preference_loss=preference_loss,
         nll_loss=nll_loss,
+        nll_terms=plan.nll_terms,
         loss_G=loss_G,
         active_G=plan.groups.active_G,
         scores_R=scores_R,
@@ -177,16 +184,17 @@ def objective_arguments(batch: GroupBatch, options: LossOptions, device: torch.d
 
 def _nll_weights(
     options: LossOptions, groups: objectives.PreparedGroups, held_GK: Tensor, cells_R: Tensor, counts_R: Tensor
-) -> Tensor:
-    """[R] float64: d NLL / d(-logp) of each response; sums to 1 per group that has a positive, over B_nll."""
+) -> tuple[Tensor, Tensor]:
+    """[R] float64, d NLL / d(-logp) of each response, and [] float64, the number the NLL is divided by."""
     carries_GK = groups.nll_GK & held_GK
     if not options.one_sided_nll:
         carries_GK = carries_GK & groups.active_G[:, None]
     carries_GK = carries_GK.double()
     if options.nll_average == "batch-tokens":
         carries_R = _flat(carries_GK, cells_R)
-        return carries_R / (carries_R * counts_R).sum().clamp_min(1)
+        num_tokens = (carries_R * counts_R).sum()
+        return carries_R / num_tokens.clamp_min(1), num_tokens
     num_positive_G = carries_GK.sum(dim=1)
-    num_groups = (num_positive_G > 0).sum().clamp_min(1)
-    weights_R = _flat(carries_GK / num_positive_G.clamp_min(1)[:, None], cells_R) / num_groups
-    return weights_R / counts_R if options.nll_average == "response" else weights_R
+    num_groups = (num_positive_G > 0).sum().double()
+    weights_R = _flat(carries_GK / num_positive_G.clamp_min(1)[:, None], cells_R) / num_groups.clamp_min(1)
+    return (weights_R / counts_R if options.nll_average == "response" else weights_R), num_groups

@@ -23,12 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pool() -> Iterator[RankPool]:
     """Four ranks, started when the first test asks for them."""
-    ranks = RankPool(4)
+    ranks = RankPool(4, ancestor="ancestor")
     yield ranks
     ranks.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def te_pool() -> Iterator[TePool]:
     """Ranks on which Transformer Engine's own Python runs."""
     if (problem := te_runtime.problem()) is not None:

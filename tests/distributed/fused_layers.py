@@ -86,12 +86,13 @@ class NormColumn(ColumnParallelLinear):
         )
 
 
-def sized(family: str) -> dict[str, Any]:
+def sized(family: str, *, small: bool = False) -> dict[str, Any]:
     """A family's model in sizes that FP8 takes."""
-    from two_pass_case import MODEL
+    from two_pass_case import MODEL, SMALLER
 
     plain = {"normalization": "LayerNorm", "swiglu": False, "add_bias_linear": True}
-    sizes = {name: MODEL[name] for name in ("hidden_size", "ffn_hidden_size", "kv_channels")}
+    chosen = MODEL | SMALLER if small else MODEL
+    sizes = {name: chosen[name] for name in ("hidden_size", "ffn_hidden_size", "kv_channels")}
     experts = {"moe_ffn_hidden_size": 128} if "num_moe_experts" in (FAMILIES | MIXTURES)[family] else {}
     return plain | (FAMILIES | MIXTURES)[family] | sizes | experts
 

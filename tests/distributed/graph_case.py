@@ -99,8 +99,8 @@ def layout(case: LayoutCase) -> RankResult:
     return captured(case).result
 
 
-def said(case: LayoutCase) -> tuple[Seen, list[str]]:
-    """The case with graphs, and what it printed of them."""
+def result_and_notes(case: LayoutCase) -> tuple[Seen, list[str]]:
+    """The case with graphs, and the lines it printed of them."""
     with contextlib.redirect_stdout(io.StringIO()) as output:
         seen = captured(case)
     return seen, [line for line in output.getvalue().splitlines() if line.startswith("cuda_graphs")]

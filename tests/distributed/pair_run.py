@@ -136,7 +136,7 @@ def _one_loss(
         gradient = collect(policy)
     if outcome is None:
         return PairResult(gradient=gradient, numbers=None, metrics={})
-    metrics = batch_metrics(planned.batch, outcome.result, outcome.logps_R, outcome.ref_logps_R)
+    metrics = batch_metrics(planned.batch, outcome.result, outcome.logps_R, outcome.ref_logps_R, source.loss)
     return PairResult(gradient=gradient, numbers=_numbers(planned.batch, outcome, source.loss), metrics=metrics)
 
 

@@ -1,12 +1,13 @@
 """Processes that stay alive and take turns as the ranks of one layout after another.
 
-Importing Megatron-Core takes seconds a process, so the ranks are started once per test session. A job of n ranks runs
-on the first n of them, with the environment torchrun would give it.
+Importing Megatron-Core takes seconds a process, so the ranks are started once per test session, and forked from one
+process that has imported it. A job of n ranks runs on the first n of them, with the environment torchrun would give it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import multiprocessing
 import os
@@ -15,7 +16,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,10 @@ class RanksFailed(AssertionError):
 class RankPool:
     """At most ``size`` ranks on this machine."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, ancestor: str | None = None) -> None:
+        """``ancestor``: a module; the ranks are forked from a process that has imported it, and nothing else."""
         self.size = size
+        self.ancestor = ancestor
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._logs = Path(tempfile.mkdtemp(prefix="groupdpo-ranks-"))
@@ -90,16 +94,18 @@ class RankPool:
             raise RanksFailed("\n".join([f"died since the last job: {', '.join(dead)}", output]))
 
     def _start(self) -> None:
-        # spawn: a forked process would inherit this one's threads in an undefined state. Not daemonic: saving a
+        # Not forked from this process, whose threads would be in an undefined state there. Not daemonic: saving a
         # distributed checkpoint starts a process of its own.
-        context = multiprocessing.get_context("spawn")
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, str(self._log(rank)), sys.path), daemon=False)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
+        context: Any = multiprocessing.get_context("spawn" if self.ancestor is None else "forkserver")
+        with contextlib.nullcontext() if self.ancestor is None else _forking_from(self.ancestor):
+            for rank in range(self.size):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, str(self._log(rank)), sys.path)
+                process = context.Process(target=_serve, args=arguments, daemon=False)
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(ours)
 
     def _collect(self, num_ranks: int, timeout: float) -> list[tuple[bool, Any] | None]:
         answers: list[tuple[bool, Any] | None] = [None] * num_ranks
@@ -122,8 +128,36 @@ class RankPool:
         return self._logs / f"rank{rank}.log"
 
     def _log_tails(self, num_ranks: int) -> str:
-        tails = ((rank, self._log(rank).read_text(errors="replace")[-2000:].strip()) for rank in range(num_ranks))
+        logs = ((rank, self._log(rank)) for rank in range(num_ranks))
+        tails = ((rank, log.read_text(errors="replace")[-2000:].strip()) for rank, log in logs if log.exists())
         return "\n".join(f"output of rank {rank}:\n{_indent(tail)}" for rank, tail in tails if tail)
+
+
+@functools.cache
+def _server(ancestor: str) -> forkserver.ForkServer:
+    """The process that has imported ``ancestor``; it ends with this one."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([ancestor])
+    given = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    kept = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        server.ensure_running()
+    finally:
+        for name, value in kept.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return server
+
+
+@contextlib.contextmanager
+def _forking_from(ancestor: str) -> Iterator[None]:
+    """``multiprocessing`` has one server for all; ranks with and without Transformer Engine need others."""
+    kept = forkserver.connect_to_new_process
+    forkserver.connect_to_new_process = _server(ancestor).connect_to_new_process
+    try:
+        yield
+    finally:
+        forkserver.connect_to_new_process = kept
 
 
 def free_port() -> int:
@@ -165,11 +199,22 @@ def _serve(pipe: Connection, log: str, path: Sequence[str]) -> None:
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
-        # Models and process groups refer to each other in circles: uncollected, each job leaves hundreds of threads.
-        gc.collect()
+        # Models and process groups refer to each other in circles, some through graphs that a collection does not see
+        # before another has freed what held them: uncollected, each job leaves hundreds of threads.
+        while gc.collect():
+            pass
+        gc.freeze()  # what is left is modules, which the next collections need not go through again
+        if answer[0] and (left := group_threads()):
+            answer = (False, f"{function.__name__} left {left} threads of process groups: something still holds these")
         sys.stdout.flush()
         with contextlib.suppress(BrokenPipeError):  # given up on, and about to be killed
             pipe.send(answer)
+
+
+def group_threads() -> int:
+    """Threads of this process that serve process groups and their stores; a group has them as long as it lives."""
+    names = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+    return sum(name.startswith(("pt_gloo", "pt_tcpstore")) for name in names)
 
 
 def _failure(answer: tuple[bool, Any] | None) -> str | None:

@@ -2,8 +2,8 @@
 
 A block is 1 x 128 numbers of a row, or 128 x 128 of a weight (blockwise: float32 scales, by default powers of 2), or
 1 x 32 (mxfp8: scales are exponents in a byte). A tensor is cast twice: by rows, and for products over its other
-dimension by columns. Layouts of data and scales as in ``tensor/float8_blockwise_tensor.py`` and
-``tensor/mxfp8_tensor.py``.
+dimension by columns. Layouts of data and scales as in ``transformer_engine/pytorch/tensor/float8_blockwise_tensor.py``
+and ``transformer_engine/pytorch/tensor/mxfp8_tensor.py``.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ def both_specs(family: str, packed: bool) -> dict[str, float]:
     for impl in ("local", "transformer_engine"):
         with one_rank("cpu") as ranks, layers_allowed_on_a_cpu():
             kernel = UNFUSED if impl == "transformer_engine" else {}
-            runner = Runner(Case(model=sized(family), precision=kernel, transformer_impl=impl, packed=packed), ranks)
+            runner = Runner(
+                Case(model=sized(family, small=True), precision=kernel, transformer_impl=impl, packed=packed), ranks
+            )
             assert runner.policy.transformer_impl == impl
             outcome = runner.step()
             modules = {type(module).__module__ for module in runner.policy.chunks[0].modules()}
@@ -77,11 +79,13 @@ def contract(
     family: str | None = None,
     packed: bool = False,
     parallel: Mapping[str, Any] | None = None,
+    num_layers: int = 2,
 ) -> dict[str, Any]:
     """The two passes with FP8, as the GPU tests make them."""
     with layers_allowed_on_a_cpu():
-        model = {} if family is None else sized(family)
-        return two_pass_case.contract("cpu", UNFUSED | dict(precision), model=model, packed=packed, parallel=parallel)
+        model = {"num_layers": num_layers} if family is None else sized(family, small=True)
+        how: dict[str, Any] = {"model": model, "packed": packed, "parallel": parallel, "num_steps": 2}
+        return two_pass_case.contract("cpu", UNFUSED | dict(precision), **how)
 
 
 def contract_without_holding(precision: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def casts_of_blocks(precision: Mapping[str, Any]) -> list[tuple[float, float | N
 def expert_scales(folder: str, save: bool, parallel: Mapping[str, Any]) -> dict[str, Any]:
     """Delayed scales of each expert, by its number: after a step that is saved, or as loaded on a layout."""
     precision = UNFUSED | {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "delayed"}
-    case = Case(model=sized("mixtral"), precision=precision, packed=True, parallel=parallel)
+    case = Case(model=sized("mixtral", small=True), precision=precision, packed=True, parallel=parallel)
     with layers_allowed_on_a_cpu(), one_rank("cpu", **parallel) as ranks:
         runner = Runner(case, ranks)
         policy = runner.policy
@@ -224,7 +228,8 @@ def _steps(case: Case, num_steps: int, *, load: Path | None, save: Path | None) 
 def suite_points(names: Sequence[str], sizes: Mapping[str, Any] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Parts of the GPU suite on toy sizes, or on ``sizes``, in its layers, with the recipes of one generation."""
     import gpu_step
-    from gpu_parts import PARTS, Context
+    from gpu_context import Context
+    from gpu_parts import PARTS
 
     kept = gpu_step.refusal, dict(gpu_step._TINY)
 

@@ -13,7 +13,8 @@ class TePool:
     """Ranks of their own, since what stands in for kernels stays in a process; others where mxfp8 is asked for."""
 
     def __init__(self) -> None:
-        self.hopper, self.blackwell = RankPool(4), RankPool(2)
+        self.hopper = RankPool(4, ancestor="te_ancestor_hopper")
+        self.blackwell = RankPool(2, ancestor="te_ancestor_blackwell")
 
     def run(self, num_ranks: int, function: str, *args: Any, **how: Any) -> list[Any]:
         """A function of ``te_case``, or of a module that is named before a point."""

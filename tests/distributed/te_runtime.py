@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.util
 import os
@@ -47,6 +48,14 @@ def call_on_blackwell(module: str, function: str, *args: Any, **kwargs: Any) -> 
     """The same, in a process that pretends the generation which has mxfp8."""
     start(BLACKWELL)
     return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+
+def become_ancestor(generation: int) -> None:
+    """Import what the ranks need, in the process that they are forked from."""
+    start(generation)
+    for module in ("te_case", "te_weights"):
+        importlib.import_module(module)
+    gc.freeze()
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from megatron.core.fp8_utils import is_float8tensor
 from te_patches import UNFUSED, gathered_bucket_by_bucket, layers_allowed_on_a_cpu
 from two_pass_case import Case, Runner, one_rank
 
-from megatron_groupdpo.convert.hf.model import is_hf_folder, open_hf_model
+from megatron_groupdpo.convert.hf.folder import is_hf_folder
+from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.weights.loading import load_hf_weights
 from megatron_groupdpo.mcore.checkpoint.digest import differing_replicas, parameter_names
 from megatron_groupdpo.mcore.checkpoint.folders import Progress
@@ -32,7 +33,7 @@ def fp8_steps(
     """Three steps, by weights of ``load`` where given: log-probabilities, digests, what is held of the weights."""
     parallel = {"use_distributed_optimizer": True} | dict(parallel)
     layers = 4 if "pipeline_model_parallel_size" in parallel else 2
-    model = {"num_layers": layers} if family is None else sized(family)
+    model = {"num_layers": layers} if family is None else sized(family, small=True)
     if load is not None and is_hf_folder(Path(load)):
         model = dataclasses.asdict(open_hf_model(Path(load)).model)
         del model["transformer_impl"]
@@ -92,13 +93,13 @@ def altered_replicas(precision: Mapping[str, Any]) -> list[str | None]:
     with layers_allowed_on_a_cpu(), one_rank("cpu", **parallel) as ranks:
         policy = Runner(case, ranks).policy
         weight = next(p for p in policy.chunks[0].parameters() if is_float8tensor(p))
-        said = [differing_replicas(policy.chunks, ranks)]
+        found = [differing_replicas(policy.chunks, ranks)]
         for part in raw_parts(weight):
             changed = part.view(-1).view(torch.uint8)
             changed[-1] ^= ranks.dp_group.rank()
-            said.append(differing_replicas(policy.chunks, ranks))
+            found.append(differing_replicas(policy.chunks, ranks))
             changed[-1] ^= ranks.dp_group.rank()
-        return said
+        return found
 
 
 def swapped_steps(precision: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from clean_output import warnings_in
 from rank_pool import free_port
 from tiny_run import read_metrics
 
@@ -79,6 +80,7 @@ def test_a_run_writes_its_logs_and_checkpoints(launch: Callable[..., Launch], co
     assert len(re.findall(r" iteration +\d+/ +3 \| consumed samples: +\d+ \| .*loss: ", output)) == 3
     assert "TP 1 x PP 2 x CP 1 x DP 1" in output
     assert output.count("device: CPU") == 1
+    assert warnings_in(output) == []
     assert sorted(path.name for path in save.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
     assert (save / "latest_checkpointed_iteration.txt").read_text() == "3"
     assert (save / "config.yaml").is_file()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ def fp8(format_: str, recipe: str) -> dict[str, Any]:
     return {"bf16": True, "fp8_format": format_, "fp8_recipe": recipe}
 
 
+def slow(*values: Any) -> Any:
+    """A case of ``make test-slow``."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def test_casts_of_blocks_are_those_that_transformer_engine_reads(te_pool: TePool):
     """By rows and by columns, with edges that fill no block, as a weight and as activations."""
     for recipe in ("blockwise", "mxfp8"):
@@ -26,52 +33,58 @@ def test_casts_of_blocks_are_those_that_transformer_engine_reads(te_pool: TePool
             assert other < 2**-4
 
 
-@pytest.mark.parametrize("format_", ["hybrid", "e4m3"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_both_passes_see_one_function(te_pool: TePool, format_: str, recipe: str):
-    check_contract(te_pool.one("contract", fp8(format_, recipe)), recipe)
-
-
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "recomputed": FULL,
+    "attention recomputed": {"recompute_granularity": "selective"},
+    "gradients accumulated by the products": {"gradient_accumulation_fusion": True},
+}
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+CP2 = {"context_parallel_size": 2}
+SETTINGS: dict[str, tuple[int, dict[str, Any], str | None, bool]] = {
+    "one rank": (1, {}, None, False),
+    "experts": (1, {}, "mixtral", True),
+    "TP2 SP": (2, TP2_SP, None, False),
+    "CP2": (2, CP2, None, False),
+    "CP2 packed": (2, CP2, None, True),
+}
+"""Ranks, parallel section, family, packed. Maxima are those of all tensor-parallel ranks, so that these scale alike;
+context-parallel ones have their ring attention between products in FP8; an expert's tokens are padded, and it may have
+none."""
+FORMATS = ["hybrid", "e4m3"]
+PAIRWISE = {
+    (setting, recipe, list(OPTIONS)[(i + j) % 4], FORMATS[(i + j // 2) % 2])
+    for i, setting in enumerate(SETTINGS)
+    for j, recipe in enumerate(RECIPES)
+}
+"""Every two of setting, recipe, option and format meet."""
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize(
-    "options",
-    [FULL, {"recompute_granularity": "selective"}, {"gradient_accumulation_fusion": True}],
-    ids=["recomputed", "attention recomputed", "gradients accumulated by the products"],
-)
-def test_options_keep_the_contract(te_pool: TePool, recipe: str, options: dict[str, Any]):
-    check_contract(te_pool.one("contract", fp8("hybrid", recipe) | options), recipe)
+def contracts() -> Iterator[Any]:
+    for case in itertools.product(SETTINGS, RECIPES, OPTIONS, FORMATS):
+        yield pytest.param(*case, marks=[] if case in PAIRWISE else [pytest.mark.slow], id=", ".join(case))
+
+
+def test_the_default_cases_are_pairwise():
+    columns = (list(SETTINGS), RECIPES, list(OPTIONS), FORMATS)
+    for (i, one), (j, other) in itertools.combinations(enumerate(columns), 2):
+        assert {(case[i], case[j]) for case in PAIRWISE} == set(itertools.product(one, other))
+
+
+@pytest.mark.parametrize(("setting", "recipe", "option", "format_"), contracts())
+def test_both_passes_see_one_function(te_pool: TePool, setting: str, recipe: str, option: str, format_: str):
+    num_ranks, parallel, family, packed = SETTINGS[setting]
+    precision = fp8(format_, recipe) | OPTIONS[option]
+    if "context_parallel_size" in parallel:
+        precision |= {"attention_backend": "fused"}
+    for result in te_pool.run(num_ranks, "contract", precision, family, packed, parallel):
+        check_contract(result, recipe)
 
 
 def test_first_and_last_layers_in_bf16_keep_the_contract(te_pool: TePool):
     options = {"first_last_layers_bf16": True}
-    check_contract(te_pool.one("contract", fp8("hybrid", "tensorwise") | options), "tensorwise")
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_tensor_parallel_ranks_keep_the_contract(te_pool: TePool, recipe: str):
-    """Maxima are those of all ranks, so that the ranks scale alike."""
-    arguments = (fp8("hybrid", recipe), None, False, {"tensor_model_parallel_size": 2, "sequence_parallel": True})
-    results = te_pool.run(2, "contract", *arguments)
-    for result in results:
-        check_contract(result, recipe)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_context_parallel_ranks_keep_the_contract(te_pool: TePool, recipe: str, packed: bool):
-    """Its ring attention between products in FP8."""
-    precision = fp8("hybrid", recipe) | {"attention_backend": "fused"}
-    for result in te_pool.run(2, "contract", precision, None, packed, {"context_parallel_size": 2}):
-        check_contract(result, recipe)
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_experts_keep_the_contract(te_pool: TePool, recipe: str):
-    """Their tokens are padded expert by expert, and an expert may have none."""
-    check_contract(te_pool.one("contract", fp8("hybrid", recipe), "mixtral", True), recipe)
+    check_contract(te_pool.one("contract", fp8("hybrid", "tensorwise") | options, None, False, None, 3), "tensorwise")
 
 
 def check_contract(result: dict[str, Any], recipe: str) -> None:
@@ -101,10 +114,10 @@ IN_FP8 = {"fp8_param_gather": True}
 @pytest.mark.parametrize(
     ("precision", "sharded"),
     [
-        ({"bf16": True}, False),
+        slow({"bf16": True}, False),
         ({"bf16": True}, True),
         (fp8("hybrid", "delayed"), False),
-        (fp8("hybrid", "delayed"), True),
+        slow(fp8("hybrid", "delayed"), True),
         (fp8("hybrid", "delayed") | IN_FP8, True),
         (fp8("hybrid", "tensorwise") | IN_FP8, True),
         (fp8("e4m3", "blockwise") | IN_FP8, True),
@@ -120,8 +133,9 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
     assert result["resumed"] == result["whole"]
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
-@pytest.mark.parametrize("kept", [True, False], ids=["then kept in FP8", "no longer kept"])
+@pytest.mark.parametrize(
+    ("recipe", "kept"), [("delayed", True), ("tensorwise", False), slow("delayed", False), slow("tensorwise", True)]
+)
 def test_a_resumed_run_may_keep_its_weights_otherwise(te_pool: TePool, tmp_path: Path, recipe: str, kept: bool):
     """With its optimizer's state, bit by bit."""
     before, after = (
@@ -176,22 +190,27 @@ def test_experts_keep_their_scales_on_every_layout(te_pool: TePool, tmp_path: Pa
     assert halves[0] | halves[1] == saved
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:3])
+WEIGHTS: dict[str, tuple[str | None, int, dict[str, Any]]] = {
+    "one rank": (None, 1, {}),
+    "DP2 overlap": (None, 2, {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 100_000}),
+    "TP2 SP DP2": (None, 4, TP2_SP),
+    "PP2 VPP2": (None, 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "EP2": ("mixtral", 2, {"expert_model_parallel_size": 2}),
+}
+MEET = [("DP2 overlap", "tensorwise"), ("TP2 SP DP2", "delayed"), ("PP2 VPP2", "blockwise"), ("EP2", "tensorwise")]
+
+
 @pytest.mark.parametrize(
-    ("family", "num_ranks", "parallel"),
+    ("layout", "recipe"),
     [
-        (None, 1, {}),
-        (None, 2, {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 100_000}),
-        (None, 4, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
-        (None, 2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
-        ("mixtral", 2, {"expert_model_parallel_size": 2}),
+        (layout, recipe) if layout == "one rank" or (layout, recipe) in MEET else slow(layout, recipe)
+        for layout in WEIGHTS
+        for recipe in RECIPES[:3]
     ],
-    ids=["one rank", "DP2 overlap", "TP2 SP DP2", "PP2 VPP2", "EP2"],
 )
-def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(
-    te_pool: TePool, recipe: str, family: str | None, num_ranks: int, parallel: dict[str, Any]
-):
+def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(te_pool: TePool, layout: str, recipe: str):
     """Log-probabilities, digests and what a validation pass sees, bit by bit over three updates."""
+    family, num_ranks, parallel = WEIGHTS[layout]
     precisions = (fp8("hybrid", recipe), fp8("hybrid", recipe) | IN_FP8)
     runs = [te_pool.run(num_ranks, "te_weights.fp8_steps", p, family, parallel) for p in precisions]
     for wanted, found in zip(*runs, strict=True):
@@ -211,7 +230,7 @@ def test_a_stage_whose_layers_are_all_in_bf16_keeps_no_weights_in_fp8(te_pool: T
     assert [stage["quantized"] > 0 for stage in runs[1]] == [False, True]
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:3])
+@pytest.mark.parametrize("recipe", ["delayed", slow("tensorwise"), "blockwise"])
 def test_a_checkpoint_of_weights_kept_in_fp8_holds_what_they_were_rounded_from(
     te_pool: TePool, tmp_path: Path, recipe: str
 ):
@@ -228,7 +247,7 @@ def test_a_checkpoint_of_weights_kept_in_fp8_holds_what_they_were_rounded_from(
     assert found["same"] == wanted["same"]
 
 
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+@pytest.mark.parametrize("recipe", ["delayed", slow("tensorwise")])
 def test_weights_kept_in_fp8_start_from_a_hugging_face_model(te_pool: TePool, tmp_path: Path, recipe: str):
     from transformers import AutoModelForCausalLM
 

@@ -60,6 +60,10 @@ def what_on_says_on_a_cpu() -> str:
     return str(refusal.value)
 
 
+@pytest.mark.acts(
+    "PrecisionConfig.fused_logprobs",
+    reason="which form a run takes; that both are one function is shown by the tests beside it",
+)
 def test_kernels_are_chosen_on_a_gpu_and_refused_on_a_cpu(pool: RankPool):
     (message,) = pool.run(1, what_on_says_on_a_cpu)
     assert message == "fused_logprobs 'on' needs a GPU and the run's device is the CPU; use auto or off."

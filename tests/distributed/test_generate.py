@@ -102,16 +102,17 @@ def test_cached_decoding_gives_the_logits_of_the_whole_forward(
     assert max(gaps) < 1e-5
 
 
+@pytest.mark.acts("SamplingOptions.seed")
 def test_what_is_drawn_does_not_depend_on_batch_size_order_or_layout(pool: RankPool):
     lengths = [3, 7, 3, 5, 7, 3, 3]
     draws = {"max_new_tokens": 20, "seed": 4}
     (one_by_one,) = pool.run(1, sample_on_rank, {}, {}, lengths, {**draws, "batch_size": 1})
-    (together,) = pool.run(1, sample_on_rank, {}, {}, lengths, {**draws, "batch_size": 64})
+    (in_one_batch,) = pool.run(1, sample_on_rank, {}, {}, lengths, {**draws, "batch_size": 64})
     split = pool.run(2, sample_on_rank, {"tensor_model_parallel_size": 2}, {}, lengths, {**draws, "batch_size": 2})
-    assert one_by_one == together == split[0] == split[1]
-    assert len({tuple(answer) for answer in together}) > 1
+    assert one_by_one == in_one_batch == split[0] == split[1]
+    assert len({tuple(answer) for answer in in_one_batch}) > 1
     (another_seed,) = pool.run(1, sample_on_rank, {}, {}, lengths, {**draws, "seed": 5, "batch_size": 64})
-    assert another_seed != together
+    assert another_seed != in_one_batch
 
 
 def test_an_answer_ends_with_the_end_token_or_at_the_limit(pool: RankPool):

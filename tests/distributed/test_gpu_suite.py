@@ -20,7 +20,8 @@ IN_ONE_PROCESS = ("rates", "groups-1b-bf16", "groups-1b-fp8", "variants-1b", "le
 
 
 def points_of(names: tuple[str, ...], output: str) -> dict[str, list[dict[str, Any]]]:
-    from gpu_parts import PARTS, Context
+    from gpu_context import Context
+    from gpu_parts import PARTS
 
     context = Context(device="cpu", tiny=True, output=Path(output))
     return {name: list(PARTS[name].run(context)) for name in names}

@@ -60,6 +60,7 @@ def flags(tiny_data: TinyData, tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+@pytest.mark.acts("CheckpointConfig.export_hf", "CheckpointConfig.export_hf_interval")
 @pytest.mark.parametrize("layout", [TP2, PP2], ids=["TP2", "PP2"])
 def test_a_run_starts_from_a_hugging_face_folder_and_ends_with_one(
     pool: RankPool, flags: Callable[..., list[str]], start: Path, tmp_path: Path, layout: Sequence[str]

@@ -201,6 +201,7 @@ def test_gradients_are_verified_again_after_a_resume(pool: RankPool, config_file
     assert [("gradient_gap" in line) for line in read_metrics(save)] == [True, False, True, False]
 
 
+@pytest.mark.acts("TrainingConfig.check_weight_hash_across_dp_replicas_interval")
 @pytest.mark.parametrize(
     ("layout", "fault", "ranks"),
     [

@@ -53,6 +53,7 @@ def test_a_gradient_that_is_not_finite_stops_all_stages_before_it_is_saved(
     assert not list(save.glob("iter_*"))
 
 
+@pytest.mark.acts("TrainingConfig.score_drift_threshold")
 def test_drift_between_the_passes_beyond_the_threshold_stops_the_run(
     pool: RankPool, config_file: ConfigFile, tmp_path: Path
 ):

@@ -40,6 +40,9 @@ MODEL: dict[str, Any] = {
     "init_method_std": 0.05,
 }
 """Sizes that every FP8 recipe takes: multiples of 128."""
+SMALLER: dict[str, Any] = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 256}
+"""The same on a CPU, where stand-ins for kernels take seconds; halves are still multiples of 128."""
+NUM_GROUPS = {"cuda": 6, "cpu": 4}
 LOSS = LossOptions(
     objective="all_pairs", beta=0.1, score_average=False, nll_coeff=0.1, nll_average="response", one_sided_nll=False
 )
@@ -79,7 +82,8 @@ class Runner:
 
         self.case = case
         parallel, precision = ParallelConfig(**case.parallel), PrecisionConfig(**case.precision)
-        model = ModelConfig(**MODEL | dict(case.model), transformer_impl=case.transformer_impl)  # type: ignore[arg-type]
+        sizes = MODEL if ranks.device.type == "cuda" else MODEL | SMALLER
+        model = ModelConfig(**sizes | dict(case.model), transformer_impl=case.transformer_impl)  # type: ignore[arg-type]
         self.policy: Policy = build_policy(model, parallel, precision, ranks, seed=7, training=True)
         self.engine = self.policy.engine
         options = OptimizerConfig(lr=1e-3, lr_decay_style="constant", clip_grad=case.clip_grad)
@@ -93,7 +97,7 @@ class Runner:
         self.plan = plan_options(
             parallel, precision=precision, data_parallel_size=ranks.dp_group.size(), seq_length=longest, **size
         )
-        samples = make_samples(6)
+        samples = make_samples(NUM_GROUPS[ranks.device.type])
         keys_G = torch.arange(len(samples))
         self.batch: GroupBatch = build_batch(
             samples, group_keys_G=keys_G, needs_pass=lambda given: given["labels_GK"] != 0

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_groupdpo.config.fp8 import TILE
-from megatron_groupdpo.config.sections.machine import ModelConfig, ParallelConfig
+from megatron_groupdpo.config.sections.machine import ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_groupdpo.config.sections.train_config import TrainConfig
 
 
-def fp8_problems(config: TrainConfig) -> Iterator[str]:
-    """What FP8 asks of the other fields."""
-    precision, recipe = config.precision, config.precision.fp8_recipe
+def fp8_option_problems(precision: PrecisionConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What FP8 asks of its own section, and of the device."""
+    recipe = precision.fp8_recipe
     if precision.fp8_format is None:
         if recipe is not None:
             yield f"fp8_recipe ({recipe}) is set and fp8_format is not; add fp8_format e4m3 or hybrid."
@@ -21,15 +21,23 @@ def fp8_problems(config: TrainConfig) -> Iterator[str]:
         return
     if not precision.bf16:
         yield "fp8_format needs bf16: FP8 is used inside matrix products only; add --bf16."
-    if config.model.transformer_impl == "local":
-        yield "fp8_format needs Transformer Engine and transformer_impl is 'local'; use auto or transformer_engine."
-    if config.parallel.device == "cpu":
+    if parallel.device == "cpu":
         yield "fp8_format needs a GPU and device is 'cpu'; leave it out, or set device to cuda."
     if precision.first_last_layers_bf16 and recipe == "delayed":
         yield (
             "first_last_layers_bf16 does not go with fp8_recipe 'delayed': Transformer Engine collects the maxima of "
             "one FP8 region a pass, which layers in bf16 would cut into several; use tensorwise, or leave it out."
         )
+
+
+def fp8_problems(config: TrainConfig) -> Iterator[str]:
+    """What FP8 asks of the other fields."""
+    precision, recipe = config.precision, config.precision.fp8_recipe
+    yield from fp8_option_problems(precision, config.parallel)
+    if precision.fp8_format is None or recipe is None:
+        return
+    if config.model.transformer_impl == "local":
+        yield "fp8_format needs Transformer Engine and transformer_impl is 'local'; use auto or transformer_engine."
     if precision.first_last_layers_bf16:
         bf16_layers = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
         if bf16_layers >= config.model.num_layers:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 from megatron_groupdpo.config.options import options
 from megatron_groupdpo.config.sections.train_config import TrainConfig
@@ -133,6 +134,11 @@ IDLE = (
         because="cuda_graphs is off",
     ),
     Idle(
+        fields=("data.tokenizer_type",),
+        when=lambda c: c.data.tokenizer_model is None,
+        because="tokenizer_model is not set",
+    ),
+    Idle(
         fields=("training.eval_iters",),
         when=lambda c: c.training.eval_interval is None,
         because="eval_interval is not set",
@@ -155,11 +161,17 @@ IDLE = (
 )
 
 
-def idle_problems(config: TrainConfig) -> Iterator[str]:
-    """One message for each field that is set and would act on nothing."""
+def idle_problems(config: Any, *, only: Sequence[str] | None = None) -> Iterator[str]:
+    """One message for each field that is set and would act on nothing.
+
+    Args:
+        config: a TrainConfig; with ``only``, anything with the sections that these fields need.
+        only: ``section.field``; None: all.
+    """
     defaults = {f"{option.section}.{option.name}": option.default for option in options(TrainConfig)}
     for idle in IDLE:
-        if idle.when(config):
-            for field in idle.fields:
+        asked = idle.fields if only is None else [field for field in idle.fields if field in only]
+        if asked and idle.when(config):
+            for field in asked:
                 if (value := attrgetter(field)(config)) != defaults[field]:
                     yield f"{field.split('.')[1]} ({value}) would act on nothing: {idle.because}; remove it."

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_groupdpo.config.coerce import coerce
@@ -17,10 +18,11 @@ from megatron_groupdpo.config.fp8 import length_multiple
 from megatron_groupdpo.config.options import options
 from megatron_groupdpo.config.rules.cuda_graphs import graph_problems
 from megatron_groupdpo.config.rules.export import export_problems
-from megatron_groupdpo.config.rules.fp8 import fp8_problems, kernel_problems
+from megatron_groupdpo.config.rules.fp8 import fp8_option_problems, fp8_problems, kernel_problems
 from megatron_groupdpo.config.rules.idle import idle_problems
-from megatron_groupdpo.config.rules.mixture import mixture_problems
+from megatron_groupdpo.config.rules.mixture import expert_ranks_problems, mixture_problems
 from megatron_groupdpo.config.rules.speed import speed_problems
+from megatron_groupdpo.config.sections.machine import ParallelConfig, PrecisionConfig
 from megatron_groupdpo.config.sections.train_config import TrainConfig
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.objectives import get_objective, hyperparameters_for
@@ -52,6 +54,33 @@ def validate(config: TrainConfig, world_size: int) -> None:
             *export_problems(config.checkpoint),
             *idle_problems(config),
         ]
+    _refuse(problems)
+
+
+def validate_machine(parallel: ParallelConfig, precision: PrecisionConfig, world_size: int) -> None:
+    """The same rules for a command that has a layout and a precision and no other section, before it knows its model.
+
+    Raises:
+        ConfigError: all contradictions at once, one per line.
+    """
+    _refuse(
+        [
+            *_ranks_problems(parallel, world_size),
+            *(expert_ranks_problems(parallel, world_size) if parallel.expert_model_parallel_size > 1 else ()),
+            *fp8_option_problems(precision, parallel),
+            *idle_problems(SimpleNamespace(precision=precision), only=_ALONE),
+        ]
+    )
+
+
+_ALONE = tuple(
+    f"precision.{name}"
+    for name in ("first_last_layers_bf16", "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+)
+"""Fields that are idle, or not, by their own section alone."""
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if len(problems) > 1:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise ConfigError(f"the configuration has {len(problems)} problems:\n{listed}")
@@ -68,16 +97,30 @@ def _field_problems(config: TrainConfig) -> Iterator[str]:
             yield str(error)
 
 
+def _ranks_problems(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    ranks = model_ranks(parallel)
+    if world_size % ranks:
+        yield (
+            f"world size ({world_size}) must be a multiple of tensor ({tp}) x pipeline ({pp}) x context ({cp}) "
+            f"parallel size = {ranks}; start a multiple of {ranks} ranks or lower one of the sizes."
+        )
+    if parallel.sequence_parallel and tp == 1:
+        yield (
+            "sequence_parallel splits over the tensor-parallel ranks and tensor_model_parallel_size is 1; turn it "
+            "off or raise tensor_model_parallel_size."
+        )
+
+
 def _layout_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     model, parallel = config.model, config.parallel
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     cp, chunks = parallel.context_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    if world_size % model_ranks(config):
-        yield (
-            f"world size ({world_size}) must be a multiple of tensor ({tp}) x pipeline ({pp}) x context ({cp}) "
-            f"parallel size = {model_ranks(config)}; start a multiple of {model_ranks(config)} ranks or lower one "
-            f"of the sizes."
-        )
+    yield from _ranks_problems(parallel, world_size)
     if model.num_attention_heads % tp:
         yield (
             f"num_attention_heads ({model.num_attention_heads}) must be a multiple of "
@@ -92,11 +135,6 @@ def _layout_problems(config: TrainConfig, world_size: int) -> Iterator[str]:
     ffn = model.ffn_hidden_size or 4 * model.hidden_size
     if ffn % tp:
         yield f"ffn_hidden_size ({ffn}) must be a multiple of tensor_model_parallel_size ({tp}); choose another size."
-    if parallel.sequence_parallel and tp == 1:
-        yield (
-            "sequence_parallel splits over the tensor-parallel ranks and tensor_model_parallel_size is 1; turn it "
-            "off or raise tensor_model_parallel_size."
-        )
     if chunks is not None and (pp == 1 or chunks == 1):
         yield (
             f"virtual_pipeline_model_parallel_size ({chunks}) must be >= 2 with pipeline_model_parallel_size "

@@ -147,7 +147,7 @@ class TrainingConfig:
     eval_interval: PositiveInt | None = None
     """Validate every so many iterations; none: never."""
     eval_iters: PositiveInt = 100
-    """Global batches of a validation."""
+    """Global batches of a validation: with another global_batch_size it sees other groups, unless it sees all."""
     score_drift_threshold: PositiveFloat | None = None
     """Stop when a response's score differs by more than this between the two passes; none: only report it (with FP8:
     what 0.02 a token of the longest response comes to)."""

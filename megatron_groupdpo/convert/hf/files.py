@@ -15,11 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_groupdpo.convert.hf.folder import INDEX, WEIGHTS
 from megatron_groupdpo.convert.tensors.megatron_names import Shape
 from megatron_groupdpo.errors import CheckpointError
 
-WEIGHTS = "model.safetensors"
-INDEX = WEIGHTS + ".index.json"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 

@@ -20,12 +20,11 @@ from torch import Tensor
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families import Family, HfConfig, family_of_config
 from megatron_groupdpo.convert.families.base import check_fields, check_wrapper_fields
-from megatron_groupdpo.convert.hf.files import INDEX, WEIGHTS, HfWeights, refuse_gguf
+from megatron_groupdpo.convert.hf.files import HfWeights, refuse_gguf
+from megatron_groupdpo.convert.hf.folder import CONFIG
 from megatron_groupdpo.convert.tensors.plan import Key, Pair, conversion_plan
 from megatron_groupdpo.errors import CheckpointError, ConfigError
 
-CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 _SHOWN = 3
 """Tensors named in one message."""
 _ROWS_AT_ONCE = 4096
@@ -78,14 +77,6 @@ class HfModel:
             out[start : start + len(part)].copy_(part)
             start += len(part)
         assert start == len(rows)
-
-
-def is_hf_folder(folder: Path) -> bool:
-    """Whether a folder is meant as a Hugging Face model, not as a distributed checkpoint."""
-    if (folder / "latest_checkpointed_iteration.txt").exists() or (folder / "metadata.json").exists():
-        return False
-    names = (CONFIG, "adapter_config.json", WEIGHTS, INDEX)
-    return folder.suffix == ".gguf" or any((folder / name).exists() for name in names)
 
 
 def open_hf_model(folder: Path) -> HfModel:

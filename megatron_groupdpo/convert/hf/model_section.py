@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from megatron_groupdpo.config import TrainConfig
+from megatron_groupdpo.config.load import Given, refuse_missing
+from megatron_groupdpo.convert.hf.folder import is_hf_folder
 from megatron_groupdpo.convert.hf.hub import is_hub_name, model_folder
-from megatron_groupdpo.convert.hf.model import config_of_folder, is_hf_folder
 from megatron_groupdpo.errors import ConfigError
 
 _OWN = frozenset({"make_vocab_size_divisible_by", "transformer_impl", "init_method_std", "moe_router_dtype"})
 """Fields that are the run's own choice, whatever the model."""
 _FILLED_IN = ("ffn_hidden_size", "num_query_groups", "kv_channels", "vocab_size")
-
-Given = dict[tuple[str, str], Any]
 
 
 def complete_model_section(given: Given) -> Given:
@@ -25,12 +25,17 @@ def complete_model_section(given: Given) -> Given:
         given: values by (section, field).
 
     Raises:
-        ConfigError: a field that is given contradicts the model's; each is named with both values.
+        ConfigError: a field that is given contradicts the model's; each is named with both values. Or a required
+            field of another section is not given.
         CheckpointError: the model cannot be had.
     """
     named = _hf_model_of(given)
     if named is None:
         return given
+    refuse_missing(TrainConfig, given, but="model")
+    # What follows imports transformers, which takes seconds, and may fetch the model.
+    from megatron_groupdpo.convert.hf.model import config_of_folder
+
     folder = model_folder(named)
     theirs = dataclasses.asdict(config_of_folder(folder)[2])
     own = {name: value for (section, name), value in given.items() if section == "model"}

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_groupdpo.convert.hf.files import INDEX, WEIGHTS
+from megatron_groupdpo.convert.hf.folder import INDEX, WEIGHTS
 from megatron_groupdpo.convert.hf.json_text import with_values
 
 

@@ -17,6 +17,7 @@ from megatron_groupdpo.convert.weights.loading import key_of, policy_shards, win
 from megatron_groupdpo.errors import CheckpointError
 from megatron_groupdpo.mcore.checkpoint.digest import is_own_shard
 from megatron_groupdpo.mcore.checkpoint.tensors import CheckpointTensors
+from megatron_groupdpo.mcore.fp8.weights import full_weights
 from megatron_groupdpo.mcore.policy import Policy
 
 _OPTIMIZER = "optimizer."
@@ -76,6 +77,11 @@ def gathered_tensors(policy: Policy, plan: Mapping[Key, Pair]) -> Iterator[tuple
     A collective call: every rank must take every item. The tensor may alias the weight; rank 0 holds one beside its
     own part of the model.
     """
+    with full_weights(policy.chunks):
+        yield from _gathered(policy, plan)
+
+
+def _gathered(policy: Policy, plan: Mapping[Key, Pair]) -> Iterator[tuple[Key, Tensor | None]]:
     rank = dist.get_rank()
     own: dict[Key, list[Any]] = {}
     for shard in policy_shards(policy):

@@ -5,6 +5,7 @@ The only state is how many groups were consumed, so a run resumes under any layo
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -15,6 +16,8 @@ from megatron_groupdpo.errors import DataError
 
 _BLEND_BLOCK = 10_000
 """A blend repeats after so many groups; weights are rounded to shares of it."""
+BLENDS = (1, 2)
+"""Ways to interleave the sources of a blend. A checkpoint names its own, and a resumed run goes on with it."""
 
 
 class Sampler(Protocol):
@@ -70,26 +73,26 @@ class GroupSampler:
 class BlendedSampler:
     """Several sources by weight, each in its own order and with its own epochs.
 
-    Sources are spread evenly: in any stretch of the order each has its share to within two groups. Shares are the
-    weights rounded to a ten-thousandth, at least one.
+    Sources are spread evenly: in any stretch of the order each has its share to within two groups, however many there
+    are. Shares are the weights rounded to a ten-thousandth, at least one.
 
     Args:
         sources: one sampler each; groups are numbered from source to source.
         weights: positive, in any unit.
+        blend: of :data:`BLENDS`. 1, as checkpoints without a number have it, keeps the shares for few sources only.
     """
 
-    def __init__(self, sources: Sequence[GroupSampler], weights: Sequence[float]) -> None:
+    def __init__(self, sources: Sequence[GroupSampler], weights: Sequence[float], *, blend: int = BLENDS[-1]) -> None:
         assert len(sources) == len(weights) > 0
+        assert blend in BLENDS
         self.sources = tuple(sources)
         self._first = np.cumsum([0, *(source.num_groups for source in sources)])
         self.shares = block_shares(weights, _BLEND_BLOCK)
         """[sources] int64: groups of each in a block."""
-        # The k-th of n groups of a source belongs at (k + 1/2) / n of the block.
-        places = np.concatenate([(np.arange(n) + 0.5) / n for n in self.shares])
-        owners = np.repeat(np.arange(len(self.shares)), self.shares)
-        within = np.concatenate([np.arange(n) for n in self.shares])
-        order = np.argsort(places, kind="stable")
-        self._owners, self._within = owners[order], within[order]
+        self._owners = _by_middles(self.shares) if blend == 1 else _by_deadlines(self.shares)
+        self._within = np.empty_like(self._owners)
+        for source, share in enumerate(self.shares):
+            self._within[self._owners == source] = np.arange(share)
 
     def take(self, consumed_groups: int, count: int) -> list[tuple[int, int]]:
         """See :class:`Sampler`."""
@@ -100,6 +103,40 @@ class BlendedSampler:
         source = int(self._owners[offset])
         group, epoch = self.sources[source].at(block * int(self.shares[source]) + int(self._within[offset]))
         return int(self._first[source]) + group, epoch
+
+
+def _by_middles(shares: np.ndarray) -> np.ndarray:
+    """[block] int64, the source of each place: the k-th of n groups of a source belongs at (k + 1/2) / n.
+
+    Sources with equal shares want the same places, and come there one after the other.
+    """
+    places = np.concatenate([(np.arange(n) + 0.5) / n for n in shares])
+    return np.repeat(np.arange(len(shares)), shares)[np.argsort(places, kind="stable")]
+
+
+def _by_deadlines(shares: np.ndarray) -> np.ndarray:
+    """[block] int64, the source of each place: after t places a source with n of the block's N groups has had more than
+    n t / N - 1 of them and fewer than n t / N + 1.
+
+    That gives its k-th group (from 0) a first place, k N / n rounded down, and a last one, (k + 1) N / n rounded up
+    less 1. Of those whose first place has come, the one with the earliest last place is due; if any order keeps all,
+    this does, and one exists (proportionate fairness: Baruah, Cohen, Plaxton and Varvel, 1996).
+    """
+    block = int(shares.sum())
+    waiting = [(0, source, 0) for source in range(len(shares))]  # (first place, source, k): a heap
+    due: list[tuple[int, int, int]] = []  # (last place, source, k): a heap
+    owners = np.empty(block, dtype=np.int64)
+    sizes = [int(share) for share in shares]
+    for place in range(block):
+        while waiting and waiting[0][0] <= place:
+            _, source, k = heapq.heappop(waiting)
+            heapq.heappush(due, (-(-(k + 1) * block // sizes[source]) - 1, source, k))
+        last, source, k = heapq.heappop(due)
+        assert last >= place
+        owners[place] = source
+        if k + 1 < sizes[source]:
+            heapq.heappush(waiting, ((k + 1) * block // sizes[source], source, k + 1))
+    return owners
 
 
 def block_shares(weights: Sequence[float], block: int) -> np.ndarray:
@@ -125,6 +162,7 @@ def build_sampler(
     shuffle: bool,
     weights: Sequence[float] = (),
     curriculum: Curriculum = "none",
+    blend: int = BLENDS[-1],
 ) -> Sampler:
     """The order over ``group_ids``, which the sampler numbers 0, 1, ...
 
@@ -135,6 +173,7 @@ def build_sampler(
         shuffle: otherwise the order of the stores.
         weights: one for each store; none: all groups count alike.
         curriculum: ``group-size`` shows small groups first, in the first epoch.
+        blend: how stores with weights are interleaved; see :class:`BlendedSampler`.
 
     Raises:
         DataError: a store with a weight has no group among ``group_ids``.
@@ -156,7 +195,7 @@ def build_sampler(
                 sizes_G=None if sizes_G is None else sizes_G[part],
             )
         )
-    return BlendedSampler(sources, weights)
+    return BlendedSampler(sources, weights, blend=blend)
 
 
 def group_sizes(dataset: GroupDataset, group_ids: np.ndarray) -> np.ndarray:

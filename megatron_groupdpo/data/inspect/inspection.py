@@ -71,6 +71,8 @@ class _Tally:
         self.hits: Counter[str] = Counter()
         self.end_tokens: Counter[int] = Counter()
         self.num_groups = self.num_responses = 0
+        self.unread: Counter[str] = Counter()
+        """Groups by unknown field with text."""
         self._examples: dict[str, list[str]] = {}
         self._prompt_keys = array("Q")
 
@@ -138,7 +140,8 @@ def inspect_store(
             "than the sample shows. --limit 0 looks at all"
         )
     if tokenizer is not None:
-        check = TextCheck(tokenizer)
+        made = store.meta["options"].get("tokenize", {})
+        check = TextCheck(tokenizer, has_tails=bool(made.get("train_on_turn_tail")))
         for row in rows.tolist():
             sample = store[row]
             tally.add(str(row), len(sample.response_tokens), check.sample(sample))
@@ -203,12 +206,17 @@ class Records:
 
 
 def inspect_records(
-    records: Records, *, limit: int | None = None, on_progress: OnProgress = lambda num_groups: None
+    records: Records,
+    tokenizer: Tokenizer | None = None,
+    *,
+    limit: int | None = None,
+    on_progress: OnProgress = lambda num_groups: None,
 ) -> Inspection:
     """Statistics and findings of record files, lengths in characters.
 
     Args:
         records: where from; must not have been read yet.
+        tokenizer: whose control tokens to look for in texts; None: those in wide use.
         limit: None: all where the files have fewer than 100,000 records, else that many, the first of each source;
             0: all.
         on_progress: hears the number of groups done since the last call.
@@ -219,12 +227,13 @@ def inspect_records(
     total, share = records.count(), None
     if limit != 0 and (total is None or total > num_looked_at(total, limit)):
         share = max(1, (limit or FULL_PASS_BELOW) // len(expand_inputs(records.inputs)))
-    stats, tally, check = Statistics(), _Tally(), TextCheck()
+    stats, tally, check = Statistics(), _Tally(), TextCheck(tokenizer)
     places = _Places()
     for chunk in itertools.batched(records.read(share), _RECORDS_PER_BLOCK):
         stats.add(_record_block(chunk))
         for record in chunk:
             tally.add(record.where, len(record.responses), check.record(record))
+            tally.unread.update(record.unread)
             places.add(record.where)
         on_progress(len(chunk))
     if not tally.num_groups:
@@ -235,8 +244,17 @@ def inspect_records(
     seen = tally.seen(places.name, "")
     seen.hits["bad-records"] = records.num_bad
     seen.examples["bad-records"] = records.bad
+    seen = _with_unread(seen, tally.unread)
     findings = warnings_of(stats, seen, None)
     return Inspection(name=", ".join(records.inputs), unit="characters", stats=stats, findings=findings, notes=notes)
+
+
+def _with_unread(seen: Seen, unread: Counter[str]) -> Seen:
+    """``seen`` with the groups that have text in unknown fields, the fields being the examples."""
+    if unread:
+        seen.hits["unread-fields"] = max(unread.values())
+        seen.examples["unread-fields"] = [f"{name} ({count:,})" for name, count in unread.most_common(NUM_EXAMPLES)]
+    return seen
 
 
 class _Places:

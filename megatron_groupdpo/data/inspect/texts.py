@@ -1,6 +1,6 @@
 """What can be wrong with one group's texts and tokens: template mistakes, duplicates, empty responses.
 
-A *finding* is a code of ``inspect_warnings.RULES`` with the number of groups or responses of this group it was met in.
+A *finding* is a code of ``warnings.RULES`` with the number of groups or responses of this group it was met in.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _MARKERS = (
 _SPEAKER_LINES = r"^(?:Human|User|Assistant): |^### (?:Instruction|Response|Input):"
 ROLE_MARKERS = re.compile("|".join([*map(re.escape, _MARKERS), _SPEAKER_LINES]), re.MULTILINE)
 """Turn markers of the chat templates in use, and of plain-text dialogues."""
+# where no tokenizer says what its own are
 _CONTROL_NAMES = ("<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<bos>", "<eos>", "</s>")
 _SENTINEL = "qqqq"
 _JOIN_TOKENS = 8  # tokens decoded on either side of the border between prompt and response
@@ -42,10 +43,16 @@ class GroupFindings:
 
 
 class TextCheck:
-    """Findings of records, and with their tokenizer of a store's groups."""
+    """Findings of records, and with their tokenizer of a store's groups.
 
-    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
-        names = set(_CONTROL_NAMES)
+    Args:
+        tokenizer: the store's, or whose control tokens to look for in records.
+        has_tails: whether answers go on after their end token (``--train-on-turn-tail``).
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None = None, *, has_tails: bool = False) -> None:
+        self._has_tails = has_tails
+        names: tuple[str, ...] = _CONTROL_NAMES
         if tokenizer is not None:
             self._tokenizer = tokenizer
             special = [*tokenizer.special_ids, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])]
@@ -53,7 +60,7 @@ class TextCheck:
             self._is_special_V[special] = True
             self._adds_bos = tokenizer.adds_bos
             self.template_end = _template_end(tokenizer)
-            names |= {name for i in tokenizer.special_ids if len(name := tokenizer.decode([i]).strip()) > 2}
+            names = tuple(name for name in tokenizer.control_names if len(name) > 2) or names
         self._control_names = re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
 
     def record(self, record: GroupRecord) -> GroupFindings:
@@ -84,6 +91,7 @@ class TextCheck:
         findings["duplicate-responses"] += len(texts) - len(keys)
         findings["empty-responses"] += sum(not text.strip() for text in texts)
         for tokens, mask in zip(sample.response_tokens, sample.response_masks):
+            tokens, mask = self._without_tails(tokens, mask)
             special = self._is_special(tokens)
             findings["missing-end"] += not special[-1]
             findings["control-tokens-inside"] += bool((special & ~_run_ends(mask, len(tokens)) & _mask(mask)).any())
@@ -98,6 +106,19 @@ class TextCheck:
             findings=+findings,
             end_tokens=Counter(int(tokens[-1]) for tokens in sample.response_tokens),
         )
+
+    def _without_tails(self, tokens: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        """A response without the blank tokens that follow the end token of each of its turns."""
+        if not self._has_tails:
+            return tokens, mask
+        special, kept = self._is_special(tokens), np.ones(len(tokens), dtype=bool)
+        for end in np.flatnonzero(_run_ends(mask, len(tokens))).tolist():
+            start = end
+            while start > 0 and not special[start]:
+                start -= 1
+            if special[start] and not self._tokenizer.decode(tokens[start + 1 : end + 1].tolist()).strip():
+                kept[start + 1 : end + 1] = False
+        return tokens[kept], None if mask is None else mask[kept]
 
     def _in_responses(self, texts: Iterable[str]) -> Counter[str]:
         findings: Counter[str] = Counter()

@@ -43,6 +43,12 @@ RULES: dict[str, Rule] = {
         advice="choose another --partition, sample more responses per prompt, or keep them for their NLL with "
         "--one-sided keep",
     ),
+    "ties": Rule(
+        unit="responses", above=0.1, what="were dropped because they tie with a response on the other side of a "
+        "boundary",
+        advice="take some of them with --tie-break random, length or first (topk), choose --partition best-worst, or "
+        "use a finer scorer",
+    ),
     "equal-values": Rule(
         unit="groups", above=0.01, what="give all their responses the same value, so nothing ranks them",
         advice="use a finer scorer, or drop them with --partition mean, which leaves ties out",
@@ -86,6 +92,26 @@ RULES: dict[str, Rule] = {
         unit="groups", above=0.0, what="break the rules of their schema",
         advice="repair them, or drop and count them with --on-bad-record drop",
     ),
+    "unread-fields": Rule(
+        unit="groups", above=0.0, what="(at least) have text in a field that their schema does not know, so it is not "
+        "read",
+        advice="rename the field to one that docs/data.md lists, write its text into the prompt, or remove it",
+    ),
+    "text-lost": Rule(
+        unit="groups", above=0.0, what="were dropped because the chat template or the tokenizer loses some of their "
+        "text",
+        advice="use a --chat-template that shows it (or --response-text verbatim), or a tokenizer with byte tokens",
+    ),
+    "same-tokens": Rule(
+        unit="responses", above=0.01, what="were dropped because they have the tokens of another response of their "
+        "group, once rendered, encoded and cut",
+        advice="raise --seq-length where they were cut; else they differ in white space only",
+    ),
+    "normalized": Rule(
+        unit="responses", above=0.01, what="are trained with other characters than they have: the tokenizer replaces "
+        "them",
+        advice="normalize the texts yourself if it matters how they are spelled",
+    ),
     "missing-end": Rule(
         unit="responses", above=0.01, what="do not end with an end token",
         advice="raise --seq-length where they were cut; else the model does not learn to stop",
@@ -112,9 +138,13 @@ RULES: dict[str, Rule] = {
         advice="strip it; the end token is added by preprocessing",
     ),
     "control-names-in-prompt": Rule(
-        unit="groups", above=0.0, what="spell the name of a control token in a message of their prompt, which the "
-        "chat template turns into the token itself",
-        advice="strip it from the messages",
+        unit="groups", above=0.0, what="spell the name of a control token in a message of their prompt",
+        advice="preprocessing keeps it as text; strip it where it is a rest of a chat template, or say that the record "
+        "is rendered already",
+    ),
+    "escaped": Rule(
+        unit="groups", above=0.0, what="spell control tokens in their texts, which stay text",
+        advice="look at some: people type them to pose as the system, and they are rests of another template",
     ),
     "template-in-prompt": Rule(
         unit="groups", above=0.001, what="have a chat template's turn markers written in the text of their prompt, "
@@ -124,6 +154,16 @@ RULES: dict[str, Rule] = {
     "template-not-applied": Rule(
         unit="groups", above=0.01, what="are plain text, though the tokenizer has a chat template",
         advice="for a chat model, preprocess with --apply-chat-template; for a base model, ignore this",
+    ),
+    "mixed-forms": Rule(
+        unit="groups", above=0.0, what="are plain text, and the others are rendered by the chat template (or the other "
+        "way round)",
+        advice="give all records as messages, or preprocess with --apply-chat-template",
+    ),
+    "spanned": Rule(
+        unit="responses", above=0.01, what="begin where a token would span the end of their prompt, so their first "
+        "tokens are not those of the text read as a whole",
+        advice="end the prompts with a line break, and begin the responses with a word",
     ),
     "no-separator": Rule(
         unit="responses", above=0.5, what="follow their prompt without white space between",
@@ -135,7 +175,8 @@ LENGTH_RATIO, LENGTH_CORRELATION = 1.2, 0.2
 """Length bias: beyond this ratio of mean lengths (either way), or this mean correlation within groups."""
 
 _OF_COUNTS = {
-    "dropped-one-sided": (why.ONE_SIDED, why.BECAME_ONE_SIDED),
+    "dropped-one-sided": (why.ONE_SIDED, why.TIED_OUT, why.BECAME_ONE_SIDED),
+    "ties": (why.TIED,),
     "not-a-prefix": (why.NO_PREFIX,),
     "retokenized": (why.RETOKENIZED,),
     "prompts-cut": (why.PROMPT_CUT,),
@@ -144,6 +185,11 @@ _OF_COUNTS = {
     "responses-too-long": (why.TOO_LONG,),
     "empty-responses": (why.EMPTY_RESPONSE,),
     "bad-records": (why.BAD_RECORD,),
+    "text-lost": (why.LOST_BY_TEMPLATE, why.LOST_BY_TOKENIZER),
+    "same-tokens": (why.SAME_TOKENS, why.SAME_TOKENS_AS_OTHER_SIDE),
+    "normalized": (why.RESPONSE_NORMALIZED,),
+    "escaped": (why.ESCAPED,),
+    "spanned": (why.SPANNED,),
 }
 """Findings that preprocessing counted, out of what it read."""
 
@@ -205,13 +251,16 @@ def warnings_of(stats: Statistics, seen: Seen, preprocessing: Counts | None) -> 
         seen,
     ]
     if preprocessing is not None:
+        unread = why.unread_fields(preprocessing)
         counted = {code: sum(preprocessing[reason] for reason in reasons) for code, reasons in _OF_COUNTS.items()}
+        counted["mixed-forms"] = min(preprocessing[why.AS_CHAT], preprocessing[why.AS_TEXT])
+        counted["unread-fields"] = max(unread.values(), default=0)
         passes.append(
             Seen(
                 hits=Counter(counted),
                 num_groups=preprocessing[why.GROUPS_READ],
                 num_responses=preprocessing[why.RESPONSES_READ],
-                examples={},
+                examples={"unread-fields": [f"{name} ({count:,})" for name, count in unread.items()]},
                 place=" read when preprocessing",
             )
         )

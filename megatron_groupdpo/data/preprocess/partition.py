@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from megatron_groupdpo.errors import ConfigError, DataError
-from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, ResponseRecord, Text
+from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, Message, ResponseRecord, Text
 
 PartitionRule = Literal["label", "topk", "threshold", "mean", "rank", "best-worst", "random-pair"]
 OneSided = Literal["drop", "keep", "error"]
 Duplicates = Literal["drop", "keep"]
+TieBreak = Literal["drop", "random", "length", "first"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +23,8 @@ class Partition:
     """How responses become positives and negatives."""
 
     rule: PartitionRule = "label"
-    """``label``: as the data say. ``topk``: the ``positives`` best values against the ``negatives`` worst.
+    """``label``: as the data say. ``topk``: the ``positives`` best values against the ``negatives`` worst,
+    fewer in the same ratio in a group that is smaller than both together (:func:`topk_sizes`).
     ``threshold``: value >= ``threshold`` against the rest. ``mean``: above against below the group's mean.
     ``rank``: every response at the best value against the rest. ``best-worst``: one response at the best value
     against one at the worst. ``random-pair``: two responses of different values drawn at random, the better one
@@ -34,7 +36,11 @@ class Partition:
     threshold: float | None = None
     """For ``threshold``."""
     seed: int | None = None
-    """For ``random-pair`` (None there: 0). A draw depends on the seed and the group's own texts alone."""
+    """For ``random-pair`` and ``tie_break="random"`` (None there: 0). A draw depends on the seed and the group's own
+    texts alone."""
+    tie_break: TieBreak = "drop"
+    """Which of the responses that tie at a boundary of ``topk`` are taken: none; random ones; the shortest; the first
+    of the file. A value that would be on both sides is on neither, whatever is chosen."""
     duplicates: Duplicates = "drop"
     """Equal responses of a group: one of them stays, see :func:`distinct_responses`; or all do."""
     max_positives: int | None = None
@@ -51,6 +57,7 @@ class Partition:
         _check_choice("--partition", self.rule, get_args(PartitionRule))
         _check_choice("--one-sided", self.one_sided, get_args(OneSided))
         _check_choice("--duplicates", self.duplicates, get_args(Duplicates))
+        _check_choice("--tie-break", self.tie_break, get_args(TieBreak))
         for flag, most, least in (
             ("--max-positives", self.max_positives, 1),
             ("--max-negatives", self.max_negatives, 1),
@@ -58,8 +65,12 @@ class Partition:
         ):
             if most is not None and most < least:
                 raise ConfigError(f"{flag} must be at least {least}, got {most}")
-        if self.rule != "random-pair" and self.seed is not None:
-            raise ConfigError(f"--seed belongs to --partition random-pair, not to {self.rule!r}; leave it out")
+        if self.rule != "topk" and self.tie_break != "drop":
+            raise ConfigError(f"--tie-break belongs to --partition topk, not to {self.rule!r}; leave it out")
+        if self.rule != "random-pair" and self.tie_break != "random" and self.seed is not None:
+            raise ConfigError(
+                f"--seed belongs to --partition random-pair or --tie-break random, not to {self.rule!r}; leave it out"
+            )
         sizes = (self.positives, self.negatives)
         if self.rule == "topk" and any(size is None or size < 1 for size in sizes):
             raise ConfigError(
@@ -88,6 +99,8 @@ class Sides:
     """+1 or -1 for each kept response."""
     num_ties: int = 0
     """Responses dropped because they tie at the boundary."""
+    num_ties_broken: int = 0
+    """Responses kept though they tie at the boundary."""
     num_middle: int = 0
     """Responses dropped because they are neither among the best nor among the worst (``topk``, ``best-worst``)."""
     num_not_drawn: int = 0
@@ -154,6 +167,8 @@ def partition_group(record: GroupRecord, options: Partition) -> Sides:
             f"{where}: --partition {options.rule} needs a value on every response, but the record gives none; "
             "choose --partition label, or add scores"
         )
+    if options.rule == "topk":
+        return _topk(record, values, options)
     if options.rule == "best-worst":
         return _best_worst(responses, values)
     if options.rule == "random-pair":
@@ -214,7 +229,7 @@ def _sides(signs: Sequence[int], *, num_ties: int = 0, num_middle: int = 0, num_
     return Sides(kept=kept, labels=labels, num_ties=num_ties, num_middle=num_middle, num_not_drawn=num_not_drawn)
 
 
-def _topk(values: Sequence[float], options: Partition) -> Sides:
+def _topk(record: GroupRecord, values: Sequence[float], options: Partition) -> Sides:
     assert options.positives is not None
     assert options.negatives is not None
     positives, negatives = topk_sizes(len(values), options.positives, options.negatives)
@@ -238,7 +253,30 @@ def _topk(values: Sequence[float], options: Partition) -> Sides:
         else:
             signs.append(0)
             num_middle += 1
-    return _sides(signs, num_ties=num_ties, num_middle=num_middle)
+    num_broken = 0
+    if options.tie_break != "drop" and tied_top != tied_bottom:  # one value on both sides would rank nothing
+        for i in _tie_order(record, options):
+            side, size = (POSITIVE, positives) if values[i] == tied_top else (NEGATIVE, negatives)
+            if values[i] in (tied_top, tied_bottom) and signs.count(side) < size:
+                signs[i] = side
+                num_broken += 1
+    sides = _sides(signs, num_ties=num_ties - num_broken, num_middle=num_middle)
+    return replace(sides, num_ties_broken=num_broken)
+
+
+def _tie_order(record: GroupRecord, options: Partition) -> Sequence[int]:
+    """All positions, those that are taken first ahead."""
+    if options.tie_break == "first":
+        return range(len(record.responses))
+    order = _draw_order(record)
+    if options.tie_break == "random":
+        random.Random(_seed_of(record, options)).shuffle(order)
+        return order
+    return sorted(order, key=lambda i: _num_characters(record.responses[i].text))
+
+
+def _num_characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(message.content) for message in text)
 
 
 def _threshold(values: Sequence[float], options: Partition) -> Sides:
@@ -309,8 +347,12 @@ def _seed_of(record: GroupRecord, options: Partition) -> int:
     return int.from_bytes(hashlib.blake2b(whole, digest_size=8).digest())
 
 
+def _said(message: Message) -> tuple[str, ...]:
+    return (message.role, message.content, *([message.extra] if message.extra else []))
+
+
 def _text_key(text: Text) -> bytes:
-    plain = text if isinstance(text, str) else repr([(message.role, message.content) for message in text])
+    plain = text if isinstance(text, str) else repr([_said(message) for message in text])
     return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
@@ -321,7 +363,6 @@ def _goes_by_labels(responses: Sequence[ResponseRecord], options: Partition) -> 
 
 
 _RULES: dict[str, Callable[[Sequence[float], Partition], Sides]] = {
-    "topk": _topk,
     "threshold": _threshold,
     "mean": _mean,
     "rank": _rank,

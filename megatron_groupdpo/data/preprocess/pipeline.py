@@ -6,6 +6,7 @@ every few seconds how far the store is complete; after a kill the same command g
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import json
 import multiprocessing
@@ -34,11 +35,12 @@ from megatron_groupdpo.data.preprocess.prepare import (
     start_worker,
     work,
 )
-from megatron_groupdpo.data.preprocess.work_folder import Journal, start_afresh, whole_folder
+from megatron_groupdpo.data.preprocess.work_folder import Journal, begun_at, start_afresh, whole_folder
 from megatron_groupdpo.data.schemas import Schema, choose_schema
 from megatron_groupdpo.data.store import format as fmt
 from megatron_groupdpo.data.store.writer import StoreIdentity, StoreWriter, Written
 from megatron_groupdpo.data.text.identity import describe
+from megatron_groupdpo.data.text.tokenize import RENDERING, asks_for_date
 from megatron_groupdpo.data.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_groupdpo.errors import ConfigError, DataError, UserError
 
@@ -109,10 +111,11 @@ def preprocess(
     listeners = listeners or Listeners()
     sources = expand_inputs(list(inputs))
     tokenizer = load_tokenizer(options.tokenizer)
+    options = _with_date(options, tokenizer, output)
     preparer = GroupPreparer(options, tokenizer)
     identity = _identity(options, tokenizer)
     with whole_folder(output, overwrite=overwrite) as folder:
-        run = _Run(folder, identity, sources, listeners, commit_seconds)
+        run = _Run(folder, identity, sources, listeners, commit_seconds, overwrite=overwrite)
         records_resumed = run.progress.counts[why.GROUPS_READ]
         with closing(run), _preparing(preparer, options, workers) as prepare_chunks:
             for source_id in range(run.progress.source, len(sources)):
@@ -131,7 +134,14 @@ class _Run:
     """One attempt: what is written so far, and the journal of it."""
 
     def __init__(
-        self, folder: Path, identity: StoreIdentity, sources: tuple[str, ...], listeners: Listeners, seconds: float
+        self,
+        folder: Path,
+        identity: StoreIdentity,
+        sources: tuple[str, ...],
+        listeners: Listeners,
+        seconds: float,
+        *,
+        overwrite: bool,
     ) -> None:
         self._sources, self._listeners, self._commit_seconds = sources, listeners, seconds
         self._journal = Journal(folder)
@@ -143,14 +153,25 @@ class _Run:
             "options": identity.options,
         }
         self.progress = _Progress()
-        self._writer = self._go_on(folder, identity) or self._start(folder, identity)
+        self._writer = self._go_on(folder, identity, overwrite) or self._start(folder, identity)
         self._committed = time.monotonic()
 
-    def _go_on(self, folder: Path, identity: StoreIdentity) -> StoreWriter | None:
-        """A writer where an earlier run ended, or None where it is of no use."""
+    def _go_on(self, folder: Path, identity: StoreIdentity, overwrite: bool) -> StoreWriter | None:
+        """A writer where an earlier run ended, or None where it is of no use.
+
+        Raises:
+            UserError: it rendered records in another way than this program.
+        """
         found = self._journal.read()
         if found is None:
             return None
+        rendering = found[0].get("options", {}).get("rendering", 1)
+        if rendering != RENDERING and not overwrite:
+            raise UserError(
+                f"{folder.parent}: half a store with rendering version {rendering}, and this program has {RENDERING}: "
+                "the same records become other tokens; finish it with the program that began it, or begin anew with "
+                "--overwrite"
+            )
         changed = [key for key, value in self._identity.items() if found[0].get(key) != json.loads(json.dumps(value))]
         if changed:
             self._listeners.on_note(
@@ -280,6 +301,22 @@ def _check(raw: Raw, check: int) -> int:
     return zlib.crc32(raw if isinstance(raw, bytes) else repr(raw).encode("utf-8", "backslashreplace"), check)
 
 
+def _with_date(options: PreprocessOptions, tokenizer: Tokenizer, output: Path) -> PreprocessOptions:
+    """The options with the date that a template which asks for one is told: the day the store was begun."""
+    if not asks_for_date(tokenizer):
+        if options.tokenize.template_date is not None:
+            raise ConfigError(
+                "--template-date is for chat templates that ask for the date, and this does not; leave it out"
+            )
+        return options
+    if options.tokenize.template_date is not None:
+        return options
+    found = begun_at(output).read()
+    date = None if found is None else found[0].get("options", {}).get("tokenize", {}).get("template_date")
+    date = date or datetime.date.today().isoformat()
+    return replace(options, tokenize=replace(options.tokenize, template_date=date))
+
+
 def _identity(options: PreprocessOptions, tokenizer: Tokenizer) -> StoreIdentity:
     weights = options.schema_options.score_weights
     return StoreIdentity(
@@ -297,6 +334,7 @@ def _identity(options: PreprocessOptions, tokenizer: Tokenizer) -> StoreIdentity
             "partition": asdict(options.partition),
             "tokenize": asdict(options.tokenize),
             "on_bad_record": options.on_bad_record,
+            "rendering": RENDERING,
         },
     )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from megatron_groupdpo.data import counts as why
-from megatron_groupdpo.data.counts import Counts
+from megatron_groupdpo.data.counts import CountedError, Counts
 from megatron_groupdpo.data.files.reader import Raw, parse_raw
 from megatron_groupdpo.data.preprocess.partition import (
     Partition,
@@ -66,11 +66,13 @@ class GroupPreparer:
         try:
             record = schema.parse(parse_raw(raw, where), where, self._options.schema_options)
             counts[why.RESPONSES_READ] += len(record.responses)
+            for name in record.unread:
+                counts[why.unread_field(name)] += 1
             return self._prepare(record, schema, counts)
         except DataError as error:
             if self._options.on_bad_record == "error" or isinstance(error, StopError):
                 raise
-            counts[why.BAD_RECORD] += 1
+            counts[error.reason if isinstance(error, CountedError) else why.BAD_RECORD] += 1
             return None
 
     def _prepare(self, record: GroupRecord, schema: Schema, counts: Counts) -> PreparedGroup | None:
@@ -85,29 +87,52 @@ class GroupPreparer:
                 record = replace(record, responses=distinct.responses)
         sides = partition_group(record, partition)
         counts[why.TIED] += sides.num_ties
+        counts[why.TIES_BROKEN] += sides.num_ties_broken
         counts[why.MIDDLE] += sides.num_middle
         counts[why.NOT_DRAWN] += sides.num_not_drawn
         sides, num_capped = cap_sides(record.responses, sides, partition)
         counts[why.CAPPED] += num_capped
         if not _sides_suffice(sides.labels, partition, record.where):
-            counts[why.ONE_SIDED] += 1
+            counts[why.TIED_OUT if sides.num_ties else why.ONE_SIDED] += 1
             return None
-        kept = GroupRecord(
-            prompt=record.prompt, responses=tuple(record.responses[i] for i in sides.kept), where=record.where
-        )
+        kept = replace(record, responses=tuple(record.responses[i] for i in sides.kept))
         tokenized = self._tokenizer.tokenize(kept, counts)
         if tokenized is None:
             return None
         labels = [sides.labels[response.index] for response in tokenized.responses]
+        if partition.duplicates == "drop":
+            tokenized, labels = _distinct_tokens(tokenized, labels, counts)
         if not _sides_suffice(labels, partition, record.where):
             counts[why.BECAME_ONE_SIDED] += 1
             return None
         counts[why.GROUPS_KEPT] += 1
+        counts[why.AS_CHAT if self._tokenizer.is_chat(record) else why.AS_TEXT] += 1
         counts[why.KEPT_ONE_SIDED] += is_one_sided(labels)
         counts[why.RESPONSES_KEPT] += len(labels)
         counts[why.PROMPT_TOKENS] += len(tokenized.prompt_tokens)
         counts[why.RESPONSE_TOKENS] += sum(len(response.tokens) for response in tokenized.responses)
         return _prepared(kept, tokenized, labels)
+
+
+def _distinct_tokens(group: TokenizedGroup, labels: list[int], counts: Counts) -> tuple[TokenizedGroup, list[int]]:
+    """The responses whose tokens differ: of equal ones the first stays, and none where they are on both sides.
+
+    Texts that differ may be the same tokens: a template trims, a tokenizer normalizes, ``truncate-response`` cuts.
+    """
+    same: dict[tuple[bytes, bytes], list[int]] = {}
+    for i, response in enumerate(group.responses):
+        mask = b"" if response.mask is None else response.mask.tobytes()
+        same.setdefault((response.tokens.tobytes(), mask), []).append(i)
+    kept = []
+    for places in same.values():
+        if len({labels[i] for i in places}) > 1:
+            counts[why.SAME_TOKENS_AS_OTHER_SIDE] += len(places)
+        else:
+            counts[why.SAME_TOKENS] += len(places) - 1
+            kept.append(places[0])
+    if len(kept) == len(labels):
+        return group, labels
+    return replace(group, responses=tuple(group.responses[i] for i in kept)), [labels[i] for i in kept]
 
 
 def _sides_suffice(labels: Iterable[int], partition: Partition, where: str) -> bool:

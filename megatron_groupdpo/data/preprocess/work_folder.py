@@ -44,6 +44,11 @@ class Journal:
             return None
 
 
+def begun_at(target: Path) -> Journal:
+    """The journal beside ``target``, whether a run left one or not."""
+    return Journal(_folder_of(Path(os.path.abspath(target))))
+
+
 def start_afresh(folder: Path) -> None:
     """Delete what an earlier run left."""
     (_work_of(folder) / "journal.json").unlink(missing_ok=True)
@@ -64,7 +69,7 @@ def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     target = Path(os.path.abspath(target))
     _check_target(target, overwrite)
-    folder = target.with_name(f".{target.name}.partial") / "store"
+    folder = _folder_of(target)
     work = _work_of(folder)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +101,10 @@ def whole_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         finally:
             if not keep:
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def _folder_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial") / "store"
 
 
 def _work_of(folder: Path) -> Path:

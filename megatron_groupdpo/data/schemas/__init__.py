@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_groupdpo.data.schemas import (
     canonical,
     distilabel,
-    fields,
     helpsteer3,
     mix_instruct,
     ms_swift,
@@ -19,17 +19,19 @@ from megatron_groupdpo.data.schemas import (
     pairs,
     reward,
     sft,
+    turns,
     ultrafeedback,
     verified,
 )
-from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions, with_system_turn
+from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.data.schemas.known import FieldCheck, KnownFields
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import GroupRecord
 
 __all__ = ["SCHEMAS", "Schema", "SchemaOptions", "choose_schema", "schema_named"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Schema:
     """One record form."""
 
@@ -38,6 +40,8 @@ class Schema:
     """Whether the record has this form; looks at keys and container types only."""
     read: Callable[[Record, str, SchemaOptions], GroupRecord]
     """``read(record, where, options)``: the group of the form's own fields; raises DataError naming ``where``."""
+    known: KnownFields
+    """What becomes of its records' fields."""
     single_answers: bool = False
     """Groups of one positive response, for the ``sft`` objective: used only where named."""
     named_scores: bool = False
@@ -54,30 +58,41 @@ class Schema:
                 f"a response; leave it out (schemas with named scores: {having})"
             )
 
+    @cached_property
+    def _field_check(self) -> FieldCheck:
+        return FieldCheck(self.known)
+
     def parse(self, record: Record, where: str, options: SchemaOptions) -> GroupRecord:
         """The record's group, with the fields that every form may have; raises DataError naming ``where``."""
-        if record.get("tools"):
-            raise DataError(
-                f"{where}: the record offers tools ({fields.show(record['tools'])}), which no prompt here can show; "
-                "write them into the system turn and remove the field, or drop the record"
-            )
-        return with_system_turn(self.read(record, where, options), record, options)
+        unread = self._field_check.unread(record, where)
+        group = turns.with_what_stands_beside(self.read(record, where, options), record, options)
+        turns.check_weights(group)
+        unread += turns.unread_in_turns(group)
+        return replace(group, unread=unread) if unread else group
 
 
 SCHEMAS: tuple[Schema, ...] = (
-    Schema(name="canonical", matches=canonical.matches, read=canonical.parse, named_scores=True),
-    Schema(name="pairs", matches=pairs.matches, read=pairs.parse, yields=True),
-    Schema(name="ultrafeedback", matches=ultrafeedback.matches, read=ultrafeedback.parse),
-    Schema(name="on_policy", matches=on_policy.matches, read=on_policy.parse),
-    Schema(name="reward", matches=reward.matches, read=reward.parse),
-    Schema(name="nectar", matches=nectar.matches, read=nectar.parse),
-    Schema(name="mix_instruct", matches=mix_instruct.matches, read=mix_instruct.parse, named_scores=True),
-    Schema(name="distilabel", matches=distilabel.matches, read=distilabel.parse),
-    Schema(name="nemo_rl", matches=nemo_rl.matches, read=nemo_rl.parse),
-    Schema(name="helpsteer3", matches=helpsteer3.matches, read=helpsteer3.parse),
-    Schema(name="ms_swift", matches=ms_swift.matches, read=ms_swift.parse),
-    Schema(name="verified", matches=verified.matches, read=verified.parse),
-    Schema(name="sft", matches=sft.matches, read=sft.parse, single_answers=True),
+    Schema(
+        name="canonical", matches=canonical.matches, read=canonical.parse, known=canonical.FIELDS, named_scores=True
+    ),
+    Schema(name="pairs", matches=pairs.matches, read=pairs.parse, known=pairs.FIELDS, yields=True),
+    Schema(name="ultrafeedback", matches=ultrafeedback.matches, read=ultrafeedback.parse, known=ultrafeedback.FIELDS),
+    Schema(name="on_policy", matches=on_policy.matches, read=on_policy.parse, known=on_policy.FIELDS),
+    Schema(name="reward", matches=reward.matches, read=reward.parse, known=reward.FIELDS),
+    Schema(name="nectar", matches=nectar.matches, read=nectar.parse, known=nectar.FIELDS),
+    Schema(
+        name="mix_instruct",
+        matches=mix_instruct.matches,
+        read=mix_instruct.parse,
+        known=mix_instruct.FIELDS,
+        named_scores=True,
+    ),
+    Schema(name="distilabel", matches=distilabel.matches, read=distilabel.parse, known=distilabel.FIELDS),
+    Schema(name="nemo_rl", matches=nemo_rl.matches, read=nemo_rl.parse, known=nemo_rl.FIELDS),
+    Schema(name="helpsteer3", matches=helpsteer3.matches, read=helpsteer3.parse, known=helpsteer3.FIELDS),
+    Schema(name="ms_swift", matches=ms_swift.matches, read=ms_swift.parse, known=ms_swift.FIELDS),
+    Schema(name="verified", matches=verified.matches, read=verified.parse, known=verified.FIELDS),
+    Schema(name="sft", matches=sft.matches, read=sft.parse, known=sft.FIELDS, single_answers=True),
 )
 
 

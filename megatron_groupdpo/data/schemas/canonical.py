@@ -9,10 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas import fields, turns
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.data.schemas.known import KnownFields
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupRecord, ResponseRecord
+
+FIELDS = KnownFields(
+    formats="this project's own",
+    read="prompt responses responses[].text responses[].score responses[].rank responses[].label responses[].ref_logp",
+    refused={
+        "responses[].reward responses[].value responses[].rating": "the field is score",
+        "responses[].logp": "the field is ref_logp",
+    },
+)
 
 
 def matches(record: Record) -> bool:
@@ -25,7 +35,7 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError on any field that is missing or of another type."""
-    prompt = fields.text(fields.field(record, "prompt", where), "prompt", where)
+    prompt = turns.asked(record, "prompt", where)
     responses = fields.items(fields.field(record, "responses", where), "responses", where)
     _check_one_scale(responses, where)
     return fields.group(
@@ -45,7 +55,7 @@ def _check_one_scale(responses: Sequence[Any], where: str) -> None:
 
 
 def _response(entry: Record, name: str, where: str, options: SchemaOptions) -> ResponseRecord:
-    text = fields.text(fields.field(entry, "text", where), f"{name}.text", where)
+    text = turns.text(fields.field(entry, "text", where), f"{name}.text", where)
     score, rank = entry.get("score"), entry.get("rank")
     label, ref_logp = entry.get("label"), entry.get("ref_logp")
     if isinstance(score, dict):

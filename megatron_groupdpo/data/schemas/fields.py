@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from megatron_groupdpo.data.schemas import fields
 from megatron_groupdpo.errors import ConfigError, DataError
-from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, Message, ResponseRecord, Text
+from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, ResponseRecord, Text
 
 Record = Mapping[str, Any]
 
@@ -58,7 +57,11 @@ def field(record: Record, key: str, where: str) -> Any:
     """The value of a required key."""
     if not isinstance(record, Mapping):
         raise DataError(f"{where}: expected an object with the key {key!r}, got {show(record)}")
-    if key not in record or record[key] is None:
+    if key in record and record[key] is None:
+        raise DataError(
+            f"{where}: the field {key!r} is required, but it is null; fill it in, or leave out what it belongs to"
+        )
+    if key not in record:
         have = ", ".join(map(str, record)) or "none"
         raise DataError(
             f"{where}: the field {key!r} is required, but the record has {have}; add it, or name another --schema"
@@ -97,40 +100,6 @@ def items(value: Any, name: str, where: str) -> Sequence[Any]:
     if not isinstance(value, list | tuple):
         raise DataError(f"{where}: {name} must be a list, got {show(value)}")
     return value
-
-
-def messages(value: Any, name: str, where: str) -> tuple[Message, ...]:
-    """A non-empty list of ``{"role", "content"}`` objects; a turn that calls tools is refused."""
-    turns = []
-    for index, turn in enumerate(items(value, name, where)):
-        role = string(field(turn, "role", where), f"{name}[{index}].role", where)
-        for key in ("tool_calls", "function_call"):
-            if turn.get(key):
-                raise DataError(
-                    f"{where}: {name}[{index}] has {key} ({show(turn[key])}), but only the text of turns is trained "
-                    "on; write the calls into content, or drop the record"
-                )
-        content = string(field(turn, "content", where), f"{name}[{index}].content", where)
-        turns.append(Message(role=role, content=content))
-    if not turns:
-        raise DataError(f"{where}: {name} must hold at least one message, got an empty list")
-    return tuple(turns)
-
-
-def text(value: Any, name: str, where: str) -> Text:
-    """Plain text, or chat messages."""
-    return messages(value, name, where) if isinstance(value, list | tuple) else string(value, name, where)
-
-
-def instruction(record: Record, key: str, where: str) -> Text:
-    """The text or messages under ``key``; to a text, a non-empty ``input`` is appended on a line of its own."""
-    asked = text(field(record, key, where), key, where)
-    if record.get("input") in (None, ""):
-        return asked
-    context = string(record["input"], "input", where)
-    if not isinstance(asked, str):
-        raise DataError(f"{where}: input ({show(context)}) cannot be appended to messages; write it into {key}")
-    return "\n".join(part for part in (asked, context) if part)
 
 
 def value_of_scores(scores: Any, options: SchemaOptions, name: str, where: str) -> float:
@@ -190,46 +159,3 @@ def is_list_of(record: Record, key: str, kind: type) -> bool:
     """Whether ``record[key]`` is a list whose first item is a ``kind`` (an empty list counts)."""
     value = record.get(key)
     return isinstance(value, list | tuple) and (not value or isinstance(value[0], kind))
-
-
-_KEYS = ("system", "system_prompt")
-
-
-def with_system_turn(group: GroupRecord, record: Record, options: SchemaOptions) -> GroupRecord:
-    """The group with the record's system text as the first turn of its prompt; empty or null: as it is.
-
-    An empty text prompt stays as it is, for the tokenizer to drop and count.
-
-    Raises:
-        DataError: the field is no text, two of them differ, the prompt has another system turn, or prompt and
-            responses are plain text that no chat template is applied to, so nothing could carry the turn.
-    """
-    given = {key: fields.string(record[key], key, group.where) for key in _KEYS if record.get(key) not in (None, "")}
-    if not given:
-        return group
-    key, content = next(iter(given.items()))
-    if len(set(given.values())) > 1:
-        raise DataError(
-            f"{group.where}: {' and '.join(given)} differ ({', '.join(map(fields.show, given.values()))}); keep one"
-        )
-    turn = Message(role="system", content=content)
-    prompt = group.prompt
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            return group
-        is_text = all(isinstance(response.text, str) for response in group.responses)
-        if is_text and options.apply_chat_template is False:
-            raise DataError(
-                f"{group.where}: {key} ({fields.show(content)}) is a chat turn, but prompt and responses are plain "
-                "text; use --apply-chat-template, or remove the field"
-            )
-        return replace(group, prompt=(turn, Message(role="user", content=prompt)))
-    others = [message for message in prompt if message.role == "system"]
-    if not others:
-        return replace(group, prompt=(turn, *prompt))
-    if others != [turn]:
-        raise DataError(
-            f"{group.where}: {key} ({fields.show(content)}) differs from the system turn of the messages "
-            f"({fields.show(others[0].content)}); keep one"
-        )
-    return group

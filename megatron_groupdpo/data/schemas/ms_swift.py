@@ -6,11 +6,25 @@ The last message of ``messages`` is the chosen answer. ``rejected_response`` is 
 
 from __future__ import annotations
 
-from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas import fields, turns
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.data.schemas.known import KnownFields
 from megatron_groupdpo.data.schemas.pairs import split_pair
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, Message, ResponseRecord
+
+FIELDS = KnownFields(
+    formats="ms-swift 4",
+    read="messages rejected_response rejected_messages",
+    harmless={
+        "channel": "groups the metrics there",
+        "margin": "of reward models",
+    },
+    refused={
+        "label": "of KTO, which has no pairs",
+        "teacher_prompt": "of distillation",
+    },
+)
 
 
 def matches(record: Record) -> bool:
@@ -20,21 +34,21 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError on a missing or ill-typed field, or where ``messages`` holds no prompt."""
-    turns = fields.messages(fields.field(record, "messages", where), "messages", where)
+    conversation = turns.messages(fields.field(record, "messages", where), "messages", where)
     if record.get("rejected_messages") is not None:
-        rejected = fields.messages(record["rejected_messages"], "rejected_messages", where)
-        prompt, chosen, refused = split_pair(None, turns, rejected, where)
+        rejected = turns.messages(record["rejected_messages"], "rejected_messages", where)
+        prompt, chosen, refused = split_pair(None, conversation, rejected, where)
         sides = [(chosen, POSITIVE), (refused, NEGATIVE)]
     else:
-        if len(turns) < 2 or turns[-1].role != "assistant":
+        if len(conversation) < 2 or conversation[-1].role != "assistant":
             raise DataError(
                 f"{where}: messages must be a prompt followed by the chosen assistant answer, "
-                f"got roles {[turn.role for turn in turns]}"
+                f"got roles {[turn.role for turn in conversation]}"
             )
-        prompt = turns[:-1]
+        prompt = conversation[:-1]
         given = fields.field(record, "rejected_response", where)
         texts = given if isinstance(given, list | tuple) else [given]
-        sides = [((turns[-1],), POSITIVE)]
+        sides = [((conversation[-1],), POSITIVE)]
         for i, text in enumerate(texts):
             content = fields.string(text, f"rejected_response[{i}]", where)
             sides.append(((Message(role="assistant", content=content),), NEGATIVE))

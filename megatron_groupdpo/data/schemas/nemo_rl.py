@@ -5,9 +5,18 @@ Rank 0 is the best.
 
 from __future__ import annotations
 
-from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas import fields, turns
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.data.schemas.known import KnownFields
 from megatron_groupdpo.types import GroupRecord, ResponseRecord
+
+FIELDS = KnownFields(
+    formats="NeMo-RL, NeMo Automodel",
+    read="context completions completions[].rank completions[].completion",
+    refused={
+        "completions[].reward completions[].score": "the field is rank",
+    },
+)
 
 
 def matches(record: Record) -> bool:
@@ -17,11 +26,11 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError on a missing or ill-typed field."""
-    prompt = fields.text(fields.field(record, "context", where), "context", where)
+    prompt = turns.asked(record, "context", where)
     responses = []
     for i, entry in enumerate(fields.items(fields.field(record, "completions", where), "completions", where)):
         name = f"completions[{i}]"
-        text = fields.text(fields.field(entry, "completion", where), f"{name}.completion", where)
+        text = turns.text(fields.field(entry, "completion", where), f"{name}.completion", where)
         rank = fields.number(fields.field(entry, "rank", where), f"{name}.rank", where)
         responses.append(ResponseRecord(text=text, value=-rank))
     return fields.group(prompt, responses, where)

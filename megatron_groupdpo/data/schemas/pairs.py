@@ -4,17 +4,35 @@ Messages that repeat the prompt are cut after it. Without the field ``prompt``, 
 
 1. the turns that two conversations share at their start;
 2. else ``question`` or ``instruction``, with ``input`` appended;
-3. else what two texts share up to their last common ``Assistant:`` at the start of a line, as in HH-RLHF.
+3. else ``conversations`` or ``messages`` that end before the answer;
+4. else what two texts share up to their last common ``Assistant:`` at the start of a line, as in HH-RLHF.
 
 Other texts are refused: answers to one question often begin alike, and that beginning is no prompt.
 """
 
 from __future__ import annotations
 
-from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas import fields, turns
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.data.schemas.known import KnownFields
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, Message, ResponseRecord, Text
+
+FIELDS = KnownFields(
+    formats="TRL 1.x, LLaMA-Factory (alpaca, sharegpt), OpenRLHF, open-instruct, HH-RLHF, UltraFeedback binarized",
+    read="prompt question instruction conversations messages chosen rejected score_chosen score_rejected",
+    harmless={
+        "chosen_model rejected_model chosen_model_name rejected_model_name": "who wrote the responses",
+        "chosen_rating rejected_rating chosen_score rejected_score margin": "values are score_chosen, score_rejected",
+        "all_generated_responses completions generations ratings": "the group that the pair was taken from",
+    },
+    refused={
+        "query": "LLaMA-Factory's other name of input; name it so",
+        "completion": "an answer without a preference; use the schema sft",
+        "chosen_reasoning rejected_reasoning chosen_thinking rejected_thinking": "it belongs into messages, as "
+        "reasoning_content",
+    },
+)
 
 
 def matches(record: Record) -> bool:
@@ -24,11 +42,11 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError where a side is missing, the sides are of different kinds, or share no prompt."""
-    chosen = fields.text(fields.field(record, "chosen", where), "chosen", where)
-    rejected = fields.text(fields.field(record, "rejected", where), "rejected", where)
+    chosen = turns.text(fields.field(record, "chosen", where), "chosen", where)
+    rejected = turns.text(fields.field(record, "rejected", where), "rejected", where)
     prompt = _prompt(record, where)
     if prompt is None and not _share_turns(chosen, rejected):
-        prompt = _question(record, where)
+        prompt = _question(record, where) or _conversation(record, where)
     prompt, chosen, rejected = split_pair(prompt, chosen, rejected, where)
     values = [
         fields.number(record[key], key, where) if record.get(key) is not None else None
@@ -50,7 +68,7 @@ def _prompt(record: Record, where: str) -> Text | None:
             f"{where}: prompt is {fields.show(record['prompt'])}; fill it in, or remove the field where chosen and "
             "rejected are whole conversations"
         )
-    return fields.text(record["prompt"], "prompt", where)
+    return turns.asked(record, "prompt", where)
 
 
 def _question(record: Record, where: str) -> Text | None:
@@ -58,7 +76,17 @@ def _question(record: Record, where: str) -> Text | None:
     keys = [key for key in ("question", "instruction") if record.get(key) not in (None, "")]
     if len({fields.show(record[key], 10**9) for key in keys}) > 1:
         raise DataError(f"{where}: without a prompt field, question and instruction differ; add the field 'prompt'")
-    return fields.instruction(record, keys[0], where) if keys else None
+    return turns.asked(record, keys[0], where) if keys else None
+
+
+def _conversation(record: Record, where: str) -> Text | None:
+    """Messages that end with another turn than the answer's: LLaMA-Factory's ``conversations``, or ``messages``."""
+    for key in ("conversations", "messages"):
+        if record.get(key):
+            given = turns.messages(record[key], key, where)
+            if given[-1].role != "assistant":
+                return given
+    return None
 
 
 def split_pair(prompt: Text | None, chosen: Text, rejected: Text, where: str) -> tuple[Text, Text, Text]:
@@ -95,11 +123,15 @@ def _shared_messages(first: tuple[Message, ...], second: tuple[Message, ...]) ->
     with the answer's own role."""
     limit = min(len(first), len(second)) - 1
     count = 0
-    while count < limit and first[count] == second[count]:
+    while count < limit and _is_same(first[count], second[count]):
         count += 1
     while count > 0 and first[count - 1].role == "assistant":
         count -= 1
     return count
+
+
+def _is_same(first: Message, second: Message) -> bool:
+    return (first.role, first.content, first.extra) == (second.role, second.content, second.extra)
 
 
 def _share_turns(chosen: Text, rejected: Text) -> bool:
@@ -110,7 +142,7 @@ def _repeats(prompt: Text, shared: tuple[Message, ...]) -> bool:
     """Whether the shared messages are the explicit prompt once more (UltraFeedback-binarized does this)."""
     if isinstance(prompt, str):
         return any(message.content == prompt for message in shared)
-    return shared[: len(prompt)] == prompt
+    return len(shared) >= len(prompt) and all(map(_is_same, shared, prompt))
 
 
 def _shared_text(first: str, second: str) -> int:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import re
 
-from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas import fields, turns
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.data.schemas.known import KnownFields
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupRecord, ResponseRecord
 
 _ANSWER = re.compile(r"A(0|[1-9][0-9]*)")
 _NUMBERED = re.compile(r"A\d+")
+
+FIELDS = KnownFields(
+    formats="AlpacaEval-like groups with scores",
+    read="prompt A<n> score_A<n>",
+)
 
 
 def matches(record: Record) -> bool:
@@ -20,14 +26,14 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError where an answer has no score, its number is zero-padded, or a field is ill-typed."""
-    prompt = fields.text(fields.field(record, "prompt", where), "prompt", where)
+    prompt = turns.asked(record, "prompt", where)
     for key in record:
         if record[key] is not None and _NUMBERED.fullmatch(key) and not _ANSWER.fullmatch(key):
             raise DataError(f"{where}: answers are named A0, A1, A2, ..., got {key!r}; rename it and its score")
     numbers = sorted(int(m[1]) for key in record if (m := _ANSWER.fullmatch(key)) and record[key] is not None)
     responses = [
         ResponseRecord(
-            text=fields.text(record[f"A{i}"], f"A{i}", where),
+            text=turns.text(record[f"A{i}"], f"A{i}", where),
             value=fields.number(fields.field(record, f"score_A{i}", where), f"score_A{i}", where),
         )
         for i in numbers

@@ -5,9 +5,19 @@ Every field that is an object with ``is_correct`` is a response; other fields (`
 
 from __future__ import annotations
 
-from megatron_groupdpo.data.schemas import fields
+from megatron_groupdpo.data.schemas import fields, turns
 from megatron_groupdpo.data.schemas.fields import Record, SchemaOptions
+from megatron_groupdpo.data.schemas.known import KnownFields
 from megatron_groupdpo.types import NEGATIVE, POSITIVE, GroupRecord, ResponseRecord
+
+FIELDS = KnownFields(
+    formats="solutions with a verdict",
+    read="question <name>.solution <name>.is_correct",
+    harmless={
+        "ground_truth answer reference_answer": "what the verdicts were found with",
+        "<name>.answer <name>.extracted_answer": "what the verdict was found with",
+    },
+)
 
 
 def matches(record: Record) -> bool:
@@ -17,11 +27,11 @@ def matches(record: Record) -> bool:
 
 def parse(record: Record, where: str, options: SchemaOptions) -> GroupRecord:
     """Raises DataError where a verdict is not true or false, or a solution has no text."""
-    prompt = fields.text(fields.field(record, "question", where), "question", where)
+    prompt = turns.asked(record, "question", where)
     responses = []
     for name in _solutions(record):
         entry = record[name]
-        text = fields.text(fields.field(entry, "solution", where), f"{name}.solution", where)
+        text = turns.text(fields.field(entry, "solution", where), f"{name}.solution", where)
         correct = fields.boolean(entry["is_correct"], f"{name}.is_correct", where)
         label = POSITIVE if correct else NEGATIVE
         responses.append(ResponseRecord(text=text, value=float(correct), label=label))

@@ -121,7 +121,7 @@ class Written:
 
 
 class StoreWriter:
-    """Writes the files of a store into a folder; see ``store_format.whole_folder``.
+    """Writes the files of a store into a folder; see ``work_folder.whole_folder``.
 
     Args:
         written: what :meth:`commit` returned, to go on there; the files are cut back to it. None: an empty folder.

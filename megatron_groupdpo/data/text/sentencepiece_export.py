@@ -109,6 +109,11 @@ def _read_proto(model_file: Path):
     return proto
 
 
+def user_defined_symbols(model_file: Path) -> list[str]:
+    """Symbols that a model reads from any text before it looks for pieces."""
+    return _user_defined_symbols(_read_proto(model_file))
+
+
 def _user_defined_symbols(proto) -> list[str]:
     return [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
 

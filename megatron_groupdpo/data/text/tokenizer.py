@@ -6,19 +6,25 @@ in the open.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, override
 
 import sentencepiece
 
 from megatron_groupdpo.data.text.control_names import ControlNames
-from megatron_groupdpo.data.text.saved import save_for_all_readers
-from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face
+from megatron_groupdpo.data.text.templates import (
+    NO_INPUTS,
+    TemplateInputs,
+    mark,
+    names_pattern,
+    read_template,
+    render,
+)
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import Message
 
@@ -88,7 +94,8 @@ class Tokenizer(Protocol):
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, without special tokens around it. A control token's name in the text is text."""
+        """Ids of plain text, without special tokens around it. A name of :attr:`control_names` in it is text; other
+        added tokens (``<think>``) are read."""
         ...
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
@@ -96,15 +103,53 @@ class Tokenizer(Protocol):
         ...
 
     def encode_rendered(self, text: str) -> list[int]:
-        """Ids of text that a chat template wrote: names of special tokens in it become those tokens."""
+        """Ids of text that a chat template wrote: names of control tokens in it become those tokens, but for marked
+        ones. DataError for a marked name that cannot be told from text."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens included."""
         ...
 
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        """The conversation as text; DataError without a chat template or where it refuses the messages."""
+    @property
+    def control_names(self) -> tuple[str, ...]:
+        """Names of the control tokens: the special ones, and those with which the chat template parts turns."""
+        ...
+
+    def mark(self, text: str) -> str:
+        """A record's text with the names of control tokens in it marked, for :meth:`encode_rendered`.
+
+        Raises:
+            DataError: it has a name that the template uses and that the tokenizer reads from any text.
+        """
+        ...
+
+    @property
+    def chat_source(self) -> str:
+        """The chat template's text; DataError where there is none."""
+        ...
+
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, inputs: TemplateInputs = NO_INPUTS
+    ) -> str:
+        """The conversation as text for :meth:`encode_rendered`, control tokens spelled by the record marked.
+
+        Raises:
+            DataError: there is no chat template, or it refuses the messages.
+        """
+        ...
+
+    @property
+    def keeps_all_text(self) -> bool:
+        """Whether every character has ids, so that only :meth:`normalize` can change a text."""
+        ...
+
+    def normalize(self, text: str) -> str:
+        """What the tokenizer makes of a text before it looks for tokens."""
+        ...
+
+    def loses_text(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether ``ids`` lack some of the normalised text, white space aside, or hold an unknown token for it."""
         ...
 
     def save(self, folder: Path) -> None:
@@ -131,9 +176,11 @@ def load_tokenizer(options: TokenizerOptions) -> Tokenizer:
     kind = canonical_kind(options.kind)
     template = None
     if options.chat_template is not None:
-        template = _read_template(options.chat_template)
+        template = read_template(options.chat_template)
     if kind == "SentencePieceTokenizer":
         return SentencePieceTokenizer(options.model, template)
+    from megatron_groupdpo.data.text.hugging_face import HuggingFaceTokenizer  # it builds on this module
+
     return HuggingFaceTokenizer(options.model, template)
 
 
@@ -155,7 +202,6 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise DataError(f"--tokenizer-model {model}: not a SentencePiece model ({error})") from None
         self._template = chat_template
-        self._controls = ControlNames({self._processor.id_to_piece(i): i for i in self.special_ids})
 
     @property
     @override
@@ -200,7 +246,7 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     @override
     def digest(self) -> str:
-        return _digest(self._file.read_bytes(), (self._template or "").encode())
+        return digest_of(self._file.read_bytes(), (self._template or "").encode())
 
     @override
     def encode(self, text: str) -> list[int]:
@@ -213,192 +259,99 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def encode_rendered(self, text: str) -> list[int]:
-        return self._controls.encode(text, self._processor.encode)
+        return self._names.encode(text, self._processor.encode)
 
     @override
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
 
+    @property
     @override
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def chat_source(self) -> str:
         if self._template is None:
             raise DataError(
                 f"the SentencePiece tokenizer {self._file} has no chat template, which chat messages need; "
                 "give one with --chat-template FILE"
             )
+        return self._template
+
+    @override
+    def render_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, inputs: TemplateInputs = NO_INPUTS
+    ) -> str:
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         names = {name: self._processor.id_to_piece(i) for name, i in named.items() if i is not None}
-        marked = [replace(message, content=self._controls.mark(message.content)) for message in messages]
-        return _render(self._template, marked, add_generation_prompt, names)
+        return render(
+            self.chat_source,
+            messages,
+            names,
+            add_generation_prompt=add_generation_prompt,
+            inputs=inputs,
+            mark_text=self.mark,
+        )
+
+    @functools.cached_property
+    @override
+    def control_names(self) -> tuple[str, ...]:
+        return tuple(self._processor.id_to_piece(i) for i in sorted(self.special_ids))
+
+    @functools.cached_property
+    def _names(self) -> ControlNames:
+        return ControlNames({self._processor.id_to_piece(i): i for i in self.special_ids})
+
+    @functools.cached_property
+    def _controls(self) -> re.Pattern[str] | None:
+        return names_pattern(self.control_names)
+
+    @functools.cached_property
+    def _written_symbols(self) -> re.Pattern[str] | None:
+        """User-defined symbols of the template, which are read from any text."""
+        from megatron_groupdpo.data.text.sentencepiece_export import user_defined_symbols
+
+        template = self._template or ""
+        return names_pattern([symbol for symbol in user_defined_symbols(self._file) if symbol in template])
+
+    @override
+    def mark(self, text: str) -> str:
+        if self._written_symbols is not None and (found := self._written_symbols.search(text)):
+            raise DataError(
+                f"{found[0]!r} in a text is a symbol of the chat template, and SentencePiece reads it as that from any "
+                "text; remove it, or drop the record"
+            )
+        return text if self._controls is None else mark(text, self._controls)
+
+    @functools.cached_property
+    @override
+    def keeps_all_text(self) -> bool:
+        return sum(self._processor.is_byte(i) for i in range(self.vocab_size)) == 256
+
+    @override
+    def normalize(self, text: str) -> str:
+        return self._processor.normalize(text)
+
+    @override
+    def loses_text(self, text: str, ids: Sequence[int]) -> bool:
+        # an unknown piece is decoded as " ⁇ "
+        return not self.keeps_all_text and squeezed(self.decode(ids)) != squeezed(self.normalize(text))
 
     @override
     def save(self, folder: Path) -> None:
+        from megatron_groupdpo.data.text.sentencepiece_export import export_to_hugging_face
+
         export_to_hugging_face(self._file, folder, add_bos=self.adds_bos, chat_template=self._template)
 
 
-class HuggingFaceTokenizer(Tokenizer):
-    """Anything ``transformers.AutoTokenizer`` loads from a folder or by name."""
-
-    def __init__(self, model: str, chat_template: str | None = None) -> None:
-        import transformers
-
-        looks_like_path = model.startswith((".", "/", "~")) or model.count("/") > 1
-        if looks_like_path and not Path(model).expanduser().is_dir():
-            raise DataError(f"--tokenizer-model {model}: no such folder; give a folder or a hub name")
-        try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                str(Path(model).expanduser()) if looks_like_path else model
-            )
-        except Exception as error:
-            # transformers raises OSError, ValueError, KeyError and hub errors for one and the same cause
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"--tokenizer-model {model}: no Hugging Face tokenizer could be loaded ({reason}); "
-                "give a folder with tokenizer.json, or a name the hub can serve"
-            ) from None
-        if chat_template is not None:
-            self._tokenizer.chat_template = chat_template
-        self._model = model
-        fast, own = transformers.PreTrainedTokenizerFast, type(self._tokenizer)
-        self._is_plain_backend = issubclass(own, fast) and all(
-            getattr(own, name) is getattr(fast, name) for name in ("__call__", "encode", "_encode_plus")
-        )
-        """Whether its ids are those of the tokenizers library, without a step of transformers between."""
-
-    @property
-    @override
-    def vocab_size(self) -> int:
-        return len(self._tokenizer)
-
-    @property
-    @override
-    def bos_id(self) -> int | None:
-        return self._tokenizer.bos_token_id
-
-    @property
-    @override
-    def eos_id(self) -> int | None:
-        return self._tokenizer.eos_token_id
-
-    @property
-    @override
-    def pad_id(self) -> int | None:
-        return self._tokenizer.pad_token_id
-
-    @property
-    @override
-    def adds_bos(self) -> bool:
-        ids = self._tokenizer.encode("a", add_special_tokens=True)
-        return self.bos_id is not None and ids[:1] == [self.bos_id]
-
-    @property
-    @override
-    def special_ids(self) -> frozenset[int]:
-        added = self._tokenizer.added_tokens_decoder
-        return frozenset(i for i, token in added.items() if token.special) | set(self._tokenizer.all_special_ids)
-
-    @property
-    @override
-    def pieces(self) -> Mapping[str, int]:
-        return self._tokenizer.get_vocab()
-
-    @property
-    @override
-    def chat_template(self) -> Any:
-        return self._tokenizer.chat_template
-
-    @property
-    @override
-    def digest(self) -> str:
-        backend = getattr(self._tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            # truncation and padding are settings of the last call, not of the tokenizer
-            rules = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-        else:
-            rules = {"class": type(self._tokenizer).__name__, "vocab": self._tokenizer.get_vocab()}
-        template = self._tokenizer.chat_template
-        ends = [self.bos_id, self.eos_id]
-        return _digest(json.dumps([rules, template, ends], sort_keys=True).encode())
-
-    @override
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    @override
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        if not self._is_plain_backend:
-            return [self.encode(text) for text in texts]
-        backend = self._tokenizer.backend_tokenizer
-        # as transformers sets it before each of its own calls
-        if backend.truncation is not None:
-            backend.no_truncation()
-        if backend.padding is not None:
-            backend.no_padding()
-        if not backend.encode_special_tokens:
-            backend.encode_special_tokens = True
-        return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    @override
-    def encode_rendered(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    @override
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode([int(i) for i in ids])
-
-    @override
-    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        if self._tokenizer.chat_template is None:
-            raise DataError(
-                f"the tokenizer {self._model} has no chat template, which chat messages need; "
-                "give one with --chat-template FILE"
-            )
-        with _template_errors(messages):
-            return self._tokenizer.apply_chat_template(
-                _as_dicts(messages), add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-
-    @override
-    def save(self, folder: Path) -> None:
-        save_for_all_readers(self._tokenizer, folder)
-
-
-def _render(template: str, messages: Sequence[Message], add_generation_prompt: bool, names: Mapping[str, str]) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    arguments: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, **names}
-    with _template_errors(messages):
-        rendered = render_jinja_template([_as_dicts(messages)], chat_template=template, **arguments)
-    return rendered[0][0]
-
-
-@contextmanager
-def _template_errors(messages: Sequence[Message]) -> Iterator[None]:
-    import jinja2
-
-    try:
-        yield
-    except jinja2.TemplateError as error:
-        roles = [message.role for message in messages]
-        raise DataError(f"the chat template refuses a conversation with the roles {roles}: {error}") from None
-
-
-def _as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def _read_template(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--chat-template {file}: cannot be read ({error})") from None
+def squeezed(text: str) -> str:
+    """The text without white space and the sign that stands for it in pieces."""
+    return "".join(text.replace("\u2581", " ").split())
 
 
 def _id_or_none(index: int) -> int | None:
     return index if index >= 0 else None
 
 
-def _digest(*parts: bytes) -> str:
+def digest_of(*parts: bytes) -> str:
+    """SHA-256 over the parts and where they end."""
     hasher = hashlib.sha256()
     for part in parts:
         hasher.update(len(part).to_bytes(8, "little"))

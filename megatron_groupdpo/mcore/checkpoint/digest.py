@@ -35,7 +35,6 @@ def weights_digest(chunks: Sequence[Any], *, vocab_size: int, device: torch.devi
     2^64, so shards may be cut and summed in any way. Rows that pad the vocabulary are left out: how many there are
     depends on the tensor-parallel size.
     """
-    finish_param_gather(chunks)
     total = torch.zeros((), dtype=torch.int64, device=device)
     with full_weights(chunks):
         for shard in _own_shards(chunks):

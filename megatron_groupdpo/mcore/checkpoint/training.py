@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from megatron_groupdpo.mcore.fp8.weights import full_weights
 from megatron_groupdpo.mcore.weights import finish_param_gather, optimizer_parts, unwrapped
 
 _EXTRA_STATE = "_extra_state"
+# Megatron-Core 0.19.2 finds a saved group's successor by values that include these (optimizer.py,
+# ``param_group_identifier_keys``): a saved group is given the run's own before it looks.
+_SAME_IN_ALL_GROUPS = ("max_lr", "min_lr")
 # Optimizer state laid out by parameter, not by buffer: loadable under another TP, PP and DP.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -162,6 +165,7 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
     options: list[dict[str, Any]] = []
     if optimizer is not None:
         _prepare_torch_adam(optimizer)
+        _prepare_sgd(folder, optimizer)
         options = _group_options(optimizer)
     state = _sharded_state(chunks, optimizer, is_loading=True)
     _check_shapes(folder, state)
@@ -173,6 +177,8 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
             wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if not key.endswith(_EXTRA_STATE))]
             assert not wrong, f"the sharded state is not the module's: {wrong}"
     if optimizer is not None:
+        for group in _saved_groups(loaded["optimizer"]):
+            group.update({name: options[0][name] for name in _SAME_IN_ALL_GROUPS})
         optimizer.load_state_dict(loaded["optimizer"])
         _unshare_torch_adam_step(optimizer)
         for group, own in zip(_param_groups(optimizer), options):
@@ -214,6 +220,33 @@ def _group_options(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
     """
     names = ("max_lr", "min_lr", "betas", "eps", "momentum")
     return [{name: group[name] for name in names if name in group} for group in _param_groups(optimizer)]
+
+
+def _saved_groups(state: Any) -> Iterator[dict[str, Any]]:
+    """The parameter groups of a loaded optimizer state, which lie deeper where optimizers are wrapped or chained."""
+    if isinstance(state, dict):
+        yield from state.get("param_groups", ())
+        for value in state.values():
+            yield from _saved_groups(value)
+
+
+def _prepare_sgd(folder: Path, optimizer: MegatronOptimizer) -> None:
+    """Make SGD loadable, with momentum or without, whatever the checkpoint was saved with.
+
+    Megatron-Core 0.19.2 (optimizer/__init__.py) gives SGD no function that allocates state, and then calls it. Momentum
+    that was not saved begins at nothing, as in a first step.
+    """
+    saved = any("momentum_buffer" in name for name in dist_checkpointing.load_tensors_metadata(str(folder)))
+
+    def allocate(update: torch.optim.Optimizer, config: Any = None) -> None:
+        for group in update.param_groups:
+            for param in group["params"]:
+                if saved and group["momentum"]:
+                    update.state[param]["momentum_buffer"] = torch.zeros_like(param)
+
+    for part in optimizer_parts(optimizer):
+        if part.init_state_fn is None:
+            part.init_state_fn = allocate
 
 
 def _prepare_torch_adam(optimizer: MegatronOptimizer) -> None:

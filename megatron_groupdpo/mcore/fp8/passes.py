@@ -9,7 +9,7 @@ What a response was scored with must be what its backward pass differentiates. T
 
 :class:`TwoPassScaling` holds the scales still over a step, its two passes and all their microbatches, and moves them
 once, at the end, by the maxima seen. Passes outside a step (validation, step 0, gradient verification) leave no trace.
-The library behind it is an adapter: ``te_fp8.py`` for Transformer Engine, a stand-in on the CPU in the tests.
+The library behind it is an adapter: ``fp8/state.py`` for Transformer Engine, a stand-in on the CPU in the tests.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Transformer Engine's side of FP8: what it keeps between passes, and what this machine can run. Imports it lazily.
 
-Relied on, in Transformer Engine 2.11's ``pytorch`` folder and Megatron-Core 0.19.2:
+Relied on, in Transformer Engine 2.11 (``transformer_engine/pytorch``) and Megatron-Core 0.19.2:
 
-- ``quantization.py``, ``FP8GlobalStateManager``: all scale updates go through ``reduce_and_update_fp8_tensors``, looked
-  up on the class: ``autocast_exit`` calls it after a forward with gradients, the first module's backward
-  (``module/linear.py``, ``module/layernorm_linear.py``, ``module/grouped_linear.py``) after a backward. It reduces row
-  0 of every history over the amax group, sets the scales, and rolls the histories.
+- ``FP8GlobalStateManager`` of its ``quantization`` module: all scale updates go through
+  ``reduce_and_update_fp8_tensors``, looked up on the class: ``autocast_exit`` calls it after a forward with gradients,
+  the first module's backward (``Linear``, ``LayerNormLinear``, ``GroupedLinear``) after a backward. It reduces row 0 of
+  every history over the amax group, sets the scales, and rolls the histories.
 - ``DelayedScalingRecipeState``: scale and history are tensors in ``fp8_meta["scaling_fwd" | "scaling_bwd"]``, which the
   quantizers and the global buffers alias, so they are read and written in place. Kernels take the maximum of row 0 and
   what they see, so it collects over microbatches until the next update clears it.
-- ``module/base.py``, ``get_weight_workspace``: FP8 weights are cached in ``_fp8_workspaces``, and made again when
+- ``get_weight_workspace`` of its base module: FP8 weights are cached in ``_fp8_workspaces``, and made again when
   ``is_first_microbatch`` is set; Megatron's ``MegatronModule.set_is_first_microbatch`` sets it, and its schedules call
   that at the first microbatch of each call. A copy made without gradients may lack the transpose that a backward reads,
   so the cache is emptied as well.
@@ -150,8 +150,16 @@ class TransformerEngineState:
 
 
 def forget_models() -> None:
-    """Empty Transformer Engine's global buffers, which name the scales and process groups of this process's models."""
+    """Empty Transformer Engine's globals, which name the scales and process groups of this process's models."""
+    from transformer_engine.pytorch import distributed  # pyright: ignore[reportMissingImports]
+    from transformer_engine.pytorch.attention import (  # pyright: ignore[reportMissingImports]
+        dot_product_attention,
+    )
+
     _manager().reset()
+    dot_product_attention._attention_backends["attention_params"] = None  # of the last attention; it is chosen anew
+    for cached in (distributed.get_distributed_world_size, distributed.get_distributed_rank):
+        cached.cache_clear()
 
 
 def _manager() -> Any:

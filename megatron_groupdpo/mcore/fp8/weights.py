@@ -143,21 +143,21 @@ def attach_masters(chunks: Sequence[Any], optimizer: MegatronOptimizer) -> None:
 @contextmanager
 @torch.no_grad()
 def full_weights(chunks: Sequence[Any], *, read: bool = True, changed: bool = False) -> Iterator[None]:
-    """The chunks' parameters as of a bf16 model, for whoever names, hashes, saves or fills them; no forward in here.
+    """The one door to live weights: whoever names, hashes, saves, exports or fills them does it in here.
 
-    A collective call where it reads, and nothing at all for weights that are not kept in FP8. Costs 2 bytes a weight
-    meanwhile.
+    Gathers that are still under way (``--overlap-param-gather``) are waited for, and weights that are kept in FP8 are
+    there as of a bf16 model, for 2 bytes a weight meanwhile. A collective call. No forward in here.
 
     Args:
         chunks: wrapped or not.
         read: off: all of them will be filled, or only their shapes matter; what they hold at the start is arbitrary.
         changed: take what the parameters hold at the end, also as the optimizer's float32 copies.
     """
+    finish_param_gather(chunks)  # also before they are filled: what arrives later would replace it
     kept = [(weights, place) for weights in _of(chunks) for place in weights.places]
     if not kept:
         yield
         return
-    finish_param_gather(chunks)
     values = [weights.full(place) if read else weights.empty(place) for weights, place in kept]
     shown = [torch.nn.Parameter(value, requires_grad=False) for value in values]
     for (_, place), parameter in zip(kept, shown, strict=True):

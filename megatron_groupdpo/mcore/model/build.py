@@ -97,7 +97,7 @@ def transformer_config(
             bias_activation_fusion=False,
             bias_dropout_fusion=False,
             masked_softmax_fusion=False,
-            # Transformer Engine's layers are told one by one: see ``te_fp8.fuse_weight_gradients``.
+            # Transformer Engine's layers are told one by one: see ``fp8.state.fuse_weight_gradients``.
             gradient_accumulation_fusion=precision.gradient_accumulation_fusion and transformer_impl == "local",
             apply_rope_fusion=precision.apply_rope_fusion,
             attention_backend=AttnBackend[precision.attention_backend],
@@ -118,6 +118,7 @@ def transformer_config(
             # receives are ordered one by one, messages mix at pipeline size 2.
             overlap_p2p_comm=interleaved,
             batch_p2p_comm=not interleaved,
+            cuda_graph_modules=[],  # the same as its default, which Megatron itself warns of
             use_cpu_initialization=False,
             perform_initialization=False,
             **_fp8_fields(precision, weights=fp8_weights),

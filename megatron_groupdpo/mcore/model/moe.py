@@ -42,6 +42,24 @@ class SoftmaxRouter(TopKRouter):
         return weights_TE, goes_TE
 
 
+class Mixture(MoELayer):
+    """Megatron's layer, which lets go of each microbatch.
+
+    Its dispatcher keeps the last one's probabilities, and with them the graph: that names the weights, their nodes the
+    hooks of the data-parallel wrapper, and these the model again, in a circle that Python's collector cannot see. The
+    model and its process groups would stay until the process ends.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As Megatron's."""
+        output = super().forward(*args, **kwargs)
+        kept = vars(self.token_dispatcher)
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                kept[name] = None
+        return output
+
+
 def moe_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
     """Fields of Megatron's configuration that make the mixture; none for a dense model."""
     if model.num_moe_experts is None:
@@ -64,16 +82,16 @@ def moe_fields(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def mixture_mlp(num_experts: int) -> Any:
-    """What stands in a layer spec in place of the MLP: Megatron's own, with our router."""
+    """What stands in a layer spec in place of the MLP: Megatron's own parts, with our router."""
     mlp: Any = get_gpt_layer_local_submodules(num_experts=num_experts, moe_grouped_gemm=False).mlp
     parts = dataclasses.replace(mlp.keywords["submodules"], router=SoftmaxRouter, shared_experts=None)
-    return partial(mlp, submodules=parts)
+    return partial(Mixture, submodules=parts)
 
 
 def grouped_mixture_mlp(column: Any, row: Any) -> Any:
     """The same, with the experts of a rank in one product of ``column`` and one of ``row``, Transformer Engine's."""
     experts = partial(TEGroupedMLP, submodules=GroupedMLPSubmodules(linear_fc1=column, linear_fc2=row))
-    return partial(MoELayer, submodules=MoESubmodules(router=SoftmaxRouter, experts=experts, shared_experts=None))
+    return partial(Mixture, submodules=MoESubmodules(router=SoftmaxRouter, experts=experts, shared_experts=None))
 
 
 def mark_experts(chunk: torch.nn.Module) -> None:

@@ -13,11 +13,11 @@ _TENSORS = {"fwd": 3, "bwd": 2}
 def scales_by_expert(layer: type[Any]) -> type[Any]:
     """A Megatron wrapper of Transformer Engine's ``GroupedLinear`` whose scales follow their experts.
 
-    Transformer Engine 2.11 numbers a layer's scales expert by expert (``module/grouped_linear.py``: ``offset + 3 i``).
-    Megatron-Core 0.19.2 cuts them up, and puts them together, as if they came kind by kind
-    (``extensions/transformer_engine.py``, ``_split_extra_state`` and ``merge_extra_states``). On as many experts a rank
-    the two undo each other; on another number experts get each other's scales. So they are put in Megatron's order
-    before the one, and back after the other.
+    Transformer Engine 2.11 numbers a layer's scales expert by expert (``offset + 3 i`` in its ``GroupedLinear``).
+    Megatron-Core 0.19.2 cuts them up, and joins them, as if they came kind by kind (``_split_extra_state`` and
+    ``merge_extra_states`` in ``megatron/core/extensions/transformer_engine.py``). On as many experts a rank the two
+    undo each other; on another number experts get each other's scales. So they are put in Megatron's order before the
+    one, and back after the other.
     """
 
     class ScalesByExpert(layer):

@@ -46,8 +46,8 @@ def _nothing_kept_to_recompute(config: TransformerConfig) -> Iterator[None]:
     """A pass that has no backward.
 
     Transformer Engine's checkpointing keeps the scales of each forward in a queue, with or without gradients, and its
-    backward takes the oldest (``pytorch/quantization.py``, ``copy_forward_fp8_meta_tensors_for_recompute``): what a
-    scoring pass left there would be what a later backward recomputes with.
+    backward takes the oldest (``copy_forward_fp8_meta_tensors_for_recompute``): what a scoring pass left there would be
+    what a later backward recomputes with.
     """
     kept, config.recompute_granularity = config.recompute_granularity, None
     try:

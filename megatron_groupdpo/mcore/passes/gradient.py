@@ -80,7 +80,7 @@ class PlainEngine:
     def _sum_over_copies(self) -> None:
         """Over replicas; over tensor-parallel ranks that saw parts of the sequence; over both ends of a tied embedding.
 
-        The rules for the latter two are Megatron's (``distributed/finalize_model_grads.py``).
+        The rules for the latter two are Megatron's (``megatron/core/distributed/finalize_model_grads.py``).
         """
         engine, ranks = self.engine, self.engine.ranks
         for chunk in engine.chunks:

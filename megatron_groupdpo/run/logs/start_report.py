@@ -54,6 +54,7 @@ def print_start(run: Run, first: PlannedBatch) -> None:
         f"{optimizer_origin(run.updater.optimizer)}",
         f"model       {num_parameters:,} parameters, vocabulary {run.policy.model.vocab_size}",
         f"weights     {run.weights_from or 'initial ones, drawn from the seed'}",
+        *([f"changed     {', '.join(run.changes)}"] if run.changes else []),
         f"data        {len(run.train.group_ids):,} groups to train on"
         + (f", {len(run.valid.group_ids):,} to validate" if run.valid is not None else ""),
         *_shares(run),

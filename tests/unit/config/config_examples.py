@@ -58,6 +58,11 @@ def example(**changes: Any) -> TrainConfig:
         optimizer=OptimizerConfig(lr=1e-4),
         training=TrainingConfig(global_batch_size=8, micro_batch_size=2, train_iters=100),
     )
+    return changed(config, **changes)
+
+
+def changed(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The configuration with fields changed by name, whatever section they are in."""
     for name, value in changes.items():
         section = next(field.name for field in dataclasses.fields(config) if hasattr(getattr(config, field.name), name))
         replaced = dataclasses.replace(getattr(config, section), **{name: value})

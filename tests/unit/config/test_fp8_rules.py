@@ -124,7 +124,7 @@ def test_weights_may_be_kept_in_fp8(recipe: str):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"fp8_recipe": "delayed", "first_last_layers_bf16": True}, "does not go with fp8_recipe 'delayed'"),
         ({"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 3}, "(4) leave none of num_layers"),
@@ -159,8 +159,8 @@ def test_weights_may_be_kept_in_fp8(recipe: str):
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused_with_the_reason(changes: dict[str, Any], said: str):
-    with pytest.raises(ConfigError, match=re.escape(said)):
+def test_what_does_not_go_together_is_refused_with_the_reason(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         validate(example(**OK | changes), 1)
 
 

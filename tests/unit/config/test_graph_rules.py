@@ -31,11 +31,11 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "world_size", "said"), REFUSED, ids=[said for _, _, said in REFUSED])
-def test_what_a_graph_cannot_repeat_is_refused(changes: dict[str, Any], world_size: int, said: str):
+@pytest.mark.parametrize(("changes", "world_size", "message"), REFUSED, ids=[message for _, _, message in REFUSED])
+def test_what_a_graph_cannot_repeat_is_refused(changes: dict[str, Any], world_size: int, message: str):
     with pytest.raises(ConfigError) as refusal:
         validate(example(cuda_graphs=True, **changes), world_size)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["cuda_graph_shapes", "cuda_graph_length_multiple"])

@@ -52,6 +52,13 @@ def test_sound_mixtures_pass(changes: dict[str, Any], world_size: int):
     validate(example(**MIXTURE | changes), world_size)
 
 
+@pytest.mark.acts(
+    "ModelConfig.moe_aux_loss_coeff",
+    "ModelConfig.moe_z_loss_coeff",
+    "ModelConfig.moe_expert_capacity_factor",
+    "ModelConfig.moe_router_enable_expert_bias",
+    refused=True,
+)
 @pytest.mark.parametrize(("changes", "world_size", "words"), REFUSED, ids=lambda case: str(case)[:60])
 def test_contradictions_of_a_mixture_are_refused(changes: dict[str, Any], world_size: int, words: str):
     with pytest.raises(ConfigError, match=re.escape(words)) as refusal:

@@ -25,11 +25,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "said"), REFUSED, ids=[said for _, said in REFUSED])
-def test_what_would_not_act_is_refused(changes: dict[str, Any], said: str):
+@pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_what_would_not_act_is_refused(changes: dict[str, Any], message: str):
     with pytest.raises(ConfigError) as refusal:
         validate(example(**changes), 1)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 @pytest.mark.parametrize(

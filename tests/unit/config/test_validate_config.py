@@ -120,6 +120,11 @@ REFUSED = [
     ({"valid_fraction": 0.1}, 1, ("eval_interval is not; set",)),
     ({"eval_interval": 10}, 1, ("eval_interval (10) needs valid_data_path or valid_fraction",)),
     ({"eval_iters": 5}, 1, ("eval_iters (5) would act on nothing: eval_interval is not set",)),
+    (
+        {"tokenizer_type": "HuggingFaceTokenizer"},
+        1,
+        ("tokenizer_type (HuggingFaceTokenizer) would act on nothing: tokenizer_model is not set",),
+    ),
     ({"save_interval": 10}, 1, ("save_interval (10) needs save",)),
     ({"finetune": True}, 1, ("finetune acts on load", "or remove finetune")),
     ({"no_load_optim": True}, 1, ("no_load_optim acts on load",)),
@@ -188,6 +193,7 @@ def test_sound_configurations_pass(changes, world_size):
     validate(example(**changes), world_size)
 
 
+@pytest.mark.acts("ModelConfig.attention_dropout", "ModelConfig.hidden_dropout", refused=True)
 @pytest.mark.parametrize(("changes", "world_size", "fragments"), REFUSED, ids=map(name_of, REFUSED))
 def test_contradictions_are_refused(changes, world_size, fragments):
     with pytest.raises(ConfigError) as refusal:

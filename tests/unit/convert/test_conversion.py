@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_groupdpo.config import ParallelConfig, PrecisionConfig
+from megatron_groupdpo.config.load import Given
 from megatron_groupdpo.convert import verify
 from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint, export_hf
-from megatron_groupdpo.convert.hf.files import INDEX, HfWeights
+from megatron_groupdpo.convert.hf.files import HfWeights
+from megatron_groupdpo.convert.hf.folder import INDEX
 from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.hf.model_section import complete_model_section
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
@@ -26,6 +28,7 @@ from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, impor
 from megatron_groupdpo.convert.tensors.megatron_names import canonical_name, megatron_tensors
 from megatron_groupdpo.convert.weights.loading import key_of, load_hf_weights, policy_shards
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks
 
@@ -50,6 +53,48 @@ def test_the_dropout_of_a_hugging_face_model_stays_behind(hf_models: HfModels, r
     assert not [m.p for chunk in policy.chunks for m in chunk.modules() if isinstance(m, torch.nn.Dropout) and m.p]
 
 
+@pytest.mark.acts(
+    "ModelConfig.num_layers",
+    "ModelConfig.hidden_size",
+    "ModelConfig.num_attention_heads",
+    "ModelConfig.ffn_hidden_size",
+    "ModelConfig.num_query_groups",
+    "ModelConfig.kv_channels",
+    "ModelConfig.max_position_embeddings",
+    "ModelConfig.position_embedding_type",
+    "ModelConfig.rotary_base",
+    "ModelConfig.rotary_base_local",
+    "ModelConfig.rope_scaling_type",
+    "ModelConfig.rope_scaling_factor",
+    "ModelConfig.rope_scaling_original_length",
+    "ModelConfig.rope_scaling_low_freq_factor",
+    "ModelConfig.rope_scaling_high_freq_factor",
+    "ModelConfig.rope_scaling_beta_fast",
+    "ModelConfig.rope_scaling_beta_slow",
+    "ModelConfig.rope_scaling_attention_factor",
+    "ModelConfig.window_size",
+    "ModelConfig.window_attn_skip_freq",
+    "ModelConfig.normalization",
+    "ModelConfig.norm_position",
+    "ModelConfig.apply_layernorm_1p",
+    "ModelConfig.norm_epsilon",
+    "ModelConfig.swiglu",
+    "ModelConfig.gated_linear_unit",
+    "ModelConfig.activation",
+    "ModelConfig.add_bias_linear",
+    "ModelConfig.add_qkv_bias",
+    "ModelConfig.qk_layernorm",
+    "ModelConfig.qk_layernorm_across_heads",
+    "ModelConfig.softmax_scale",
+    "ModelConfig.scale_embeddings",
+    "ModelConfig.untie_embeddings_and_output_weights",
+    "ModelConfig.vocab_size",
+    "ModelConfig.num_moe_experts",
+    "ModelConfig.moe_ffn_hidden_size",
+    "ModelConfig.moe_router_topk",
+    "ModelConfig.moe_router_pre_softmax",
+    "ModelConfig.moe_layer_freq",
+)
 @pytest.mark.parametrize("name", CONFIG_NAMES)
 def test_log_probs_of_every_token_equal_those_of_transformers(name: str, hf_models: HfModels, ranks: Ranks):
     folder = hf_models(name)
@@ -189,7 +234,12 @@ def test_a_checkpoint_imported_in_bf16_loads_in_fp32_and_bf16(hf_models: HfModel
 
 def test_the_precision_of_the_router_is_the_runs_own(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     folder, out = hf_models("mixtral"), tmp_path / "out"
-    given = {("checkpoint", "load"): str(folder), ("model", "moe_router_dtype"): "fp32"}
+    # A command line without the fields that every run must give is refused before the model is looked at.
+    given: Given = {("checkpoint", "load"): str(folder), ("model", "moe_router_dtype"): "fp32"}
+    with pytest.raises(ConfigError, match=r"required and not given: data_path \(data\)"):
+        complete_model_section(given)
+    required = {("data", "data_path"): ("store",), ("data", "seq_length"): 64}
+    given |= required | {("optimizer", "lr"): 1e-3, ("training", "global_batch_size"): 2}
     assert complete_model_section(given)["model", "moe_router_dtype"] == "fp32"
     source = open_hf_model(folder)
     model = dataclasses.replace(source.model, moe_router_dtype="fp32")
@@ -214,6 +264,7 @@ def test_a_rounded_export_is_verified_against_the_rounded_weights(hf_models: HfM
     assert "rounded to bfloat16" in verify.describe(results[0])
 
 
+@pytest.mark.acts("ExportOptions.dtype")
 def test_the_chosen_dtype_is_written(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     policy = loaded(hf_models("llama-untied"), ranks)
     export_hf(policy, tmp_path / "bf16", ExportOptions(dtype="bf16"), tokenizer=None)
@@ -236,6 +287,7 @@ def test_an_export_without_a_kept_configuration_is_the_same_model_to_transformer
     assert torch.equal(before, after)
 
 
+@pytest.mark.acts("ExportOptions.max_shard_size")
 def test_files_keep_the_size_limit_and_the_index_names_each_tensor(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     out = tmp_path / "out"
     limit = 101 * 48 * 4  # the embedding alone
@@ -288,6 +340,7 @@ def test_weights_saved_without_the_head_are_found_and_buffers_passed_over(own_co
     assert torch.equal(source.read(("embedding.word_embeddings.weight", None)), tensors["wte.weight"])
 
 
+@pytest.mark.acts("ImportOptions.make_vocab_size_divisible_by")
 def test_the_model_section_beside_an_import_is_the_checkpoints_model(hf_models: HfModels, ranks: Ranks, tmp_path: Path):
     import yaml
 

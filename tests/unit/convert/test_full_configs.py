@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 from convert_helpers import tensors_of
-from hf_examples import named_as_in_files
+from hf_examples import CONFIGS, named_as_in_files
 from safetensors.torch import save_file
 
-from megatron_groupdpo.convert.families import family_of_config
+from megatron_groupdpo.convert.families import FAMILIES, family_of_config
 from megatron_groupdpo.convert.hf.model import model_of_config, open_hf_model, text_part
 from megatron_groupdpo.convert.tensors.plan import conversion_plan
 
@@ -211,6 +211,11 @@ WANTED: dict[str, dict[str, Any]] = {
         "softmax_scale": None,
     },
 }
+
+
+def test_every_family_has_a_tiny_model_to_compare_with_transformers():
+    tiny = [family_of_config({"model_type": make().model_type}).name for make in CONFIGS.values()]
+    assert set(tiny) == {family.name for family in FAMILIES}
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -233,6 +233,7 @@ def test_an_integer_of_thousands_of_digits_is_refused(tmp_path, name):
         list(read_records(str(tmp_path / name)))
 
 
+@pytest.mark.acts("PreprocessOptions.schema_options")
 def test_a_weighted_sum_beyond_32_bits_is_refused(write_lines, build):
     scores = [{"text": "a", "scores": {"x": 1e38}}, {"text": "b", "scores": {"x": 0}}]
     path = write_lines([{"instruction": "p", "input": "", "candidates": scores}])

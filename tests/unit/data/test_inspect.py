@@ -6,8 +6,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -389,37 +387,32 @@ def test_a_change_that_opening_does_not_see_is_found(write_lines, build, tmp_pat
 # The command
 
 
-def command(repository: Path, *words: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, str(repository / "tools" / "inspect_data.py"), *map(str, words)],
-        capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(repository), "COLUMNS": "90"},
-    )  # fmt: skip
-    assert done.returncode == status, done.stderr
-    return done
-
-
-def test_the_command_prints_json_draws_and_verifies(write_lines, build, repository, tmp_path):
+def test_the_command_prints_json_draws_and_verifies(write_lines, build, tool, tmp_path):
     build(write_lines([*(good(i) for i in range(6)), good(3)]))
     store = tmp_path / "store"
-    done = command(repository, store, "--json", "--plot", tmp_path / "plots" / "a.png")
+    done = tool("inspect_data", store, "--json", "--plot", tmp_path / "plots" / "a.png")
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["statistics"]["groups"] == 7
     assert [warning["code"] for warning in found["warnings"]] == ["duplicate-prompts"]
     assert found["warnings"][0]["examples"] == ["6"]
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["a.png"]
     assert (tmp_path / "plots" / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    done = command(repository, "--verify", store)
+    done = tool("inspect_data", "--verify", store)
+    assert done.returncode == 0, done.stderr
     assert TokenStore.open(store).digest in done.stdout
     with open(store / "labels.npy", "r+b") as stream:
         stream.seek(-1, os.SEEK_END)
         stream.write(b"\x05")
-    assert "labels.npy: SHA-256" in command(repository, "--verify", store, status=1).stderr
+    refused = tool("inspect_data", "--verify", store)
+    assert refused.returncode == 1
+    assert "labels.npy: SHA-256" in refused.stderr
 
 
-def test_a_page_holds_the_report_and_loads_nothing(write_lines, repository, tmp_path):
+def test_a_page_holds_the_report_and_loads_nothing(write_lines, tool, tmp_path):
     records = [changed(1, text="Four.</s> <script>alert(1)</script>"), good(2)]
     path = write_lines(records, "a & b <i>.jsonl")
-    command(repository, path, "--plot", tmp_path / "page.html")
+    assert tool("inspect_data", path, "--plot", tmp_path / "page.html").returncode == 0
     page = (tmp_path / "page.html").read_text()
     assert "<svg" in page
     assert "control-names" in page

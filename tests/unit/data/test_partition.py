@@ -37,6 +37,7 @@ def sides_of(values, sides: Sides) -> tuple[list[float], list[float]]:
     return [values[i] for i in chosen if chosen[i] == 1], [values[i] for i in chosen if chosen[i] == -1]
 
 
+@pytest.mark.acts("Partition.rule", "Partition.positives", "Partition.negatives")
 @given(few_values, sizes, sizes)
 def test_topk_is_best_against_worst_and_every_response_is_accounted_for(values, positives, negatives):
     sides = split(values, rule="topk", positives=positives, negatives=negatives)
@@ -72,6 +73,7 @@ def test_topk_divides_a_small_group_in_the_same_ratio(num_responses, expected):
     assert topk_sizes(num_responses, 8, 8) == expected
 
 
+@pytest.mark.acts("Partition.threshold")
 @given(few_values, st.integers(0, 6).map(float))
 def test_threshold_keeps_all_and_counts_the_threshold_as_positive(values, threshold):
     sides = split(values, rule="threshold", threshold=threshold)
@@ -160,6 +162,7 @@ def test_a_random_pair_is_better_against_worse_in_any_order(values, seed, random
     assert chosen(shuffled, partition_group(record(shuffled), options)) == chosen(responses, sides)
 
 
+@pytest.mark.acts("Partition.seed")
 def test_a_random_pair_is_drawn_evenly_from_the_pairs_that_differ():
     responses = [ResponseRecord(text=f"t{i}", value=v) for i, v in enumerate([0.0, 0.0, 1.0, 2.0])]
     draws = Counter(
@@ -207,6 +210,7 @@ def test_equal_responses_with_both_labels_leave_none(pairs):
 most = st.none() | st.integers(1, 5)
 
 
+@pytest.mark.acts("Partition.max_positives", "Partition.max_negatives", "Partition.max_responses")
 @given(few_values, st.booleans(), most, most, st.none() | st.integers(2, 7))
 def test_caps_keep_the_best_positives_and_the_worst_negatives(values, has_values, positives, negatives, in_all):
     options = Partition(rule="mean", max_positives=positives, max_negatives=negatives, max_responses=in_all)

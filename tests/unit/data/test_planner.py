@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +56,7 @@ def test_every_response_is_placed_exactly_once(lengths: list[int], options: Plan
     assert sorted(placed) == list(range(len(lengths)))
 
 
+@pytest.mark.acts("PlanOptions.data_parallel_size", "PlanOptions.microbatch_multiple")
 @settings(deadline=None)
 @given(lengths_of_responses, plan_options)
 def test_all_ranks_have_the_same_number_of_microbatches_in_the_asked_multiple(lengths: list[int], options: PlanOptions):
@@ -69,6 +71,7 @@ def test_all_ranks_have_the_same_number_of_microbatches_in_the_asked_multiple(le
     assert plan.num_microbatches < needed + options.microbatch_multiple, "no more filling than the multiple asks"
 
 
+@pytest.mark.acts("PlanOptions.length_multiple", "PlanOptions.same_length")
 @settings(deadline=None)
 @given(lengths_of_responses, plan_options)
 def test_lengths_hold_their_rows_and_keep_their_multiple(lengths: list[int], options: PlanOptions):
@@ -95,6 +98,7 @@ def test_the_plan_is_the_same_on_every_rank_and_call(lengths: list[int], options
     ]
 
 
+@pytest.mark.acts("PlanOptions.pad_token")
 @settings(deadline=None)
 @given(lengths_of_responses, plan_options, st.integers(1, 5))
 def test_microbatches_point_at_the_states_that_predict_the_targets(
@@ -136,6 +140,7 @@ def repeating_options(draw: st.DrawFn) -> PlanOptions:
     )
 
 
+@pytest.mark.acts("PlanOptions.same_rows")
 @settings(deadline=None)
 @given(st.lists(lengths_of_responses, min_size=1, max_size=4), repeating_options())
 def test_shapes_repeat_over_batches_and_hold_every_response_once(batches: list[list[int]], options: PlanOptions):
@@ -165,6 +170,7 @@ def test_a_microbatch_that_only_fills_the_schedule_has_no_shape_of_its_own(lengt
     assert {length for own in plan.lengths for length in own} == filled
 
 
+@pytest.mark.acts("PlanOptions.length_step", "PlanOptions.longest_length")
 def test_lengths_are_rounded_up_to_the_step_and_work_is_dealt_by_what_is_computed():
     options = PlanOptions(micro_batch_size=1, data_parallel_size=2, length_step=16, longest_length=40, same_rows=True)
     plan = plan_batch(batch_of([40, 33, 31, 17, 5, 2]), options)
@@ -231,6 +237,7 @@ def test_packing_places_every_response_once_within_the_budget(lengths: list[int]
     )
 
 
+@pytest.mark.acts("PlanOptions.context_parallel_size")
 @settings(deadline=None)
 @given(lengths_of_responses, packed_options(), st.integers(1, 5))
 def test_context_parallel_ranks_together_hold_every_token_and_target_once(
@@ -273,6 +280,7 @@ def test_whole_groups_are_one_microbatch_each(lengths: list[int], options: PlanO
     assert [sorted(row.index for row in rows) for rows in filled] == ([list(range(len(lengths)))] if lengths else [])
 
 
+@pytest.mark.acts("PlanOptions.attention_cost")
 def test_packing_shares_the_work_among_ranks_by_cost_not_by_count():
     """One response of 40 weighs as much as many short ones where attention counts."""
     options = PlanOptions(max_tokens_per_microbatch=48, data_parallel_size=2, attention_cost=1.0)

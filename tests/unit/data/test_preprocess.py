@@ -5,10 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -94,6 +90,7 @@ def test_each_source_has_its_own_schema(write_lines, build, tmp_path):
     assert [store.where(i).rsplit("/", 1)[1] for i in range(2)] == ["a.jsonl:1", "b.jsonl:1"]
 
 
+@pytest.mark.acts("Partition.one_sided", "PreprocessOptions.partition")
 def test_one_sided_groups_follow_the_policy(write_lines, build, tmp_path):
     path = write_lines([labelled("A", 1, -1), labelled("B", 1, 1), labelled("C", -1, -1)])
     dropped = build(path)
@@ -125,6 +122,7 @@ def test_single_answers_become_groups_of_one_positive(write_lines, build, tmp_pa
     assert report.counts[why.KEPT_ONE_SIDED] == 1
 
 
+@pytest.mark.acts("PreprocessOptions.tokenize")
 def test_reference_log_probabilities_of_truncated_texts_are_forgotten(write_lines, build, tmp_path):
     record = labelled("A", 1, -1)
     record["responses"][0] |= {"ref_logp": -3.5}
@@ -136,6 +134,7 @@ def test_reference_log_probabilities_of_truncated_texts_are_forgotten(write_line
     assert math.isnan(ref_logps[1])
 
 
+@pytest.mark.acts("PreprocessOptions.schema", "PreprocessOptions.on_bad_record")
 def test_bad_records_stop_or_are_counted(write_lines, build, tmp_path):
     path = write_lines([labelled("A", 1, -1), {"prompt": "B"}, labelled("C", 1)])
     for schema in ("auto", "canonical"):
@@ -154,6 +153,7 @@ def test_nothing_kept_writes_nothing_and_says_why(write_lines, build, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.acts("PreprocessOptions.tokenizer", "TokenizerOptions.model")
 def test_another_tokenizer_is_refused_when_the_store_is_used(write_lines, build, train_sentencepiece, tmp_path):
     build(write_lines([labelled("A", 1, -1)]))
     store = TokenStore.open(tmp_path / "store")
@@ -234,6 +234,7 @@ def test_the_verified_solutions_go_through_unchanged(real_data, build, tmp_path)
         assert [label == 1 for label in sample.labels_K] == [s["is_correct"] for s in solutions]
 
 
+@pytest.mark.acts("Partition.duplicates")
 def test_the_judged_answers_go_through_with_topk(real_data, build, tmp_path):
     path = real_data("alpaca_eval_groups.jsonl")
     eight = {"rule": "topk", "positives": 8, "negatives": 8}
@@ -258,37 +259,26 @@ def test_the_worked_answers_go_through_as_sft(real_data, build):
 # The command -------------------------------------------------------------------------------------------------
 
 
-def run_command(repository: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/preprocess_data.py", *map(str, arguments)],
-        cwd=repository,
-        env=os.environ | {"PYTHONPATH": str(repository)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def test_the_command_builds_a_store_and_sums_up(repository, write_lines, sentencepiece_model, tmp_path):
+def test_the_command_builds_a_store_and_sums_up(tool, write_lines, sentencepiece_model, tmp_path):
     path = write_lines([scored("A", 3, 1, 2), scored("B", 1, 1, 1)])
     arguments = ["--input", path, "--output", tmp_path / "out", "--seq-length", 64, "--partition", "mean"]
     arguments += ["--tokenizer-type", "GPTSentencePieceTokenizer", "--tokenizer-model", sentencepiece_model]
-    result = run_command(repository, *arguments)
+    result = tool("preprocess_data", *arguments)
     assert result.returncode == 0, result.stderr
     assert f"{path}: schema on_policy" in result.stderr
     assert "tied at the boundary" in result.stdout
     assert len(TokenStore.open(tmp_path / "out")) == 1
-    again = run_command(repository, *arguments)
+    again = tool("preprocess_data", *arguments)
     assert again.returncode == 1
     assert "error: " in again.stderr
     assert "--overwrite" in again.stderr
     assert "Traceback" not in again.stderr
 
 
-def test_the_command_leaves_nothing_after_an_error(repository, write_lines, sentencepiece_model, tmp_path):
+def test_the_command_leaves_nothing_after_an_error(tool, write_lines, sentencepiece_model, tmp_path):
     path = write_lines([*[labelled(f"{i}", 1, -1) for i in range(100)], '{"prompt": '])
     tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", sentencepiece_model]
-    result = run_command(repository, "--input", path, "--output", tmp_path / "out", "--seq-length", 64, *tokenizer)
+    result = tool("preprocess_data", "--input", path, "--output", tmp_path / "out", "--seq-length", 64, *tokenizer)
     assert result.returncode == 1
     assert f"error: {path}:101: broken JSON" in result.stderr
     assert "Traceback" not in result.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,8 +77,8 @@ def test_shares_of_a_block_sum_to_it_and_leave_nobody_out(weights: list[float], 
         assert np.abs(shares - exact).max() <= 1
 
 
-def blend(sizes: list[int], weights: list[float], seed: int = 3) -> BlendedSampler:
-    return BlendedSampler([GroupSampler(n, seed=(seed, i)) for i, n in enumerate(sizes)], weights)
+def blend(sizes: list[int], weights: list[float], seed: int = 3, **which: int) -> BlendedSampler:
+    return BlendedSampler([GroupSampler(n, seed=(seed, i)) for i, n in enumerate(sizes)], weights, **which)
 
 
 @settings(deadline=None)
@@ -93,6 +95,54 @@ def test_every_stretch_of_a_blend_has_its_shares(sources: list[tuple[int, float]
     ]
     for source, weight in enumerate(weights):
         assert abs(owners.count(source) - count * weight / sum(weights)) <= 2 + count / 10_000
+
+
+OLD_BLENDS = ["ec717b3eb945ae23", "99b68a7538877ad5", "d51226843a1feb0a"]
+OLD_START = [3, 2, 4, 5, 1, 3, 5, 0, 4, 3, 2, 5]
+"""As written by the only blend there was."""
+
+
+def worst_stretch(shares: np.ndarray, owners: np.ndarray) -> float:
+    """Over all stretches, also across the end of a block, and all sources: groups too many or too few."""
+    worst = 0.0
+    for source, share in enumerate(shares):
+        lag = np.concatenate([[0.0], np.cumsum(owners == source) - share * np.arange(1, len(owners) + 1) / len(owners)])
+        assert abs(lag[-1]) < 1e-6, "a block has its shares exactly, so that lags go on from block to block"
+        worst = max(worst, float(lag.max() - lag.min()))
+    return worst
+
+
+def owners_of(weights: list[float], **blend: int) -> tuple[np.ndarray, np.ndarray]:
+    """[sources] shares and [block] sources, from the groups that are taken."""
+    sources = [GroupSampler(3, seed=(3, i)) for i in range(len(weights))]
+    sampler = BlendedSampler(sources, weights, **blend)
+    return sampler.shares, np.array([group // 3 for group, _ in sampler.take(0, 10_000)])
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.one_of(
+        st.lists(st.floats(0.001, 100), min_size=1, max_size=120),
+        st.tuples(st.floats(1, 200), st.integers(1, 150)).map(lambda one: [one[0], *[1.0] * one[1]]),
+    )
+)
+def test_every_stretch_has_its_shares_for_any_number_of_stores(weights: list[float]):
+    assert worst_stretch(*owners_of(weights)) < 2
+
+
+def test_fifty_small_stores_do_not_land_in_a_run():
+    weights = [50.0, *[1.0] * 50]
+    assert worst_stretch(*owners_of(weights, blend=1)) > 24, "what the first blend did"
+    assert worst_stretch(*owners_of(weights)) < 2
+
+
+def test_the_first_blend_stays_for_runs_that_began_with_it():
+    digests = [
+        hashlib.sha256(owners_of(weights, blend=1)[1].astype("<i8").tobytes()).hexdigest()[:16]
+        for weights in ([50.0, *[1.0] * 50], [1.0, 2.0], [0.3, 5.0, 1.0, 1.0])
+    ]
+    assert digests == OLD_BLENDS
+    assert [group for group, _ in blend([3, 3], [1, 2], blend=1).take(0, 12)] == OLD_START
 
 
 @settings(deadline=None)

@@ -93,6 +93,13 @@ def test_a_record_is_recognised_and_read(name, record, texts, values, labels):
     assert [response.label for response in group.responses] == labels
 
 
+def test_every_schema_has_a_record_that_is_read_and_one_that_is_broken():
+    tested_apart = {"ms_swift", "sft"}  # below: messages, and not to be detected
+    wanted = {schema.name for schema in SCHEMAS} - tested_apart
+    assert {name for name, *_ in CASES} == wanted
+    assert {name for name, *_ in BROKEN_FIELDS} == wanted
+
+
 @pytest.mark.parametrize(("name", "path", "value"), BROKEN_FIELDS)
 def test_a_broken_field_is_refused_with_its_place(name, path, value):
     record = copy.deepcopy(next(case[1] for case in CASES if case[0] == name))
@@ -215,6 +222,7 @@ def test_ms_swift_takes_the_last_message_as_chosen():
         read("ms_swift", {"messages": [user("Q")], "rejected_response": "b"})
 
 
+@pytest.mark.acts("SchemaOptions.score_weights")
 def test_several_scores_are_combined_by_weights():
     record = {
         "instruction": "Q",
@@ -282,15 +290,3 @@ def test_score_weights_need_named_scores():
     record = {"prompt": "Q", "responses": [{"text": "a", "score": 1.0}, {"text": "b", "score": 0.0}]}
     with pytest.raises(DataError, match=r"responses\[0\]\.score is one number"):
         schema_named("canonical").parse(record, "f:1", options)
-
-
-@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
-def test_what_a_turn_calls_and_a_record_offers_is_not_lost(key):
-    turns = [user("Q"), {**assistant("a"), key: {"name": "f"}}]
-    answers = [{"text": "a", "label": 1}, {"text": "b", "label": -1}]
-    with pytest.raises(DataError, match=rf"prompt\[1\] has {key}"):
-        schema_named("canonical").parse({"prompt": turns, "responses": answers}, "f:1", SchemaOptions())
-    with pytest.raises(DataError, match="the record offers tools"):
-        schema_named("canonical").parse(
-            {"prompt": "Q", "responses": answers, "tools": [{"name": "f"}]}, "f:1", SchemaOptions()
-        )

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -89,6 +86,7 @@ def test_a_question_is_the_prompt_of_answers_in_messages_but_not_of_conversation
     assert [len(response.text) for response in group.responses] == [1, 1]
 
 
+@pytest.mark.acts("SchemaOptions.apply_chat_template")
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
 @pytest.mark.parametrize(("name", "record"), TEXT_FORMS)
 def test_a_system_field_is_the_first_turn(name, record, key):
@@ -139,12 +137,13 @@ def test_the_input_is_appended_to_the_instruction(name):
         read(name, {**record, "instruction": [USER], "input": "I"})
 
 
-def test_tool_calls_are_refused():
+def test_tool_calls_are_kept_and_empty_ones_are_none():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
     for content in ("text", None):
         turn = {"role": "assistant", "content": content, "tool_calls": [call]}
-        with pytest.raises(DataError, match=r"^f\.jsonl:7: prompt\[1\] has tool_calls .*drop the record"):
-            read("canonical", {"prompt": [USER, turn], "responses": TWO})
+        kept = read("canonical", {"prompt": [USER, turn, USER], "responses": TWO}).prompt[1]
+        assert kept.content == (content or "")
+        assert '"name": "add", "arguments": {}' in kept.extra
     for empty in ([], None):
         group = read("canonical", {"prompt": [{**USER, "tool_calls": empty}], "responses": TWO})
         assert group.prompt == (Message(role="user", content="Q"),)
@@ -158,22 +157,16 @@ def test_an_answer_number_is_spelled_one_way(key):
     assert len(read("reward", {**record, key: None, "A2": None, "A10": "d", "score_A10": 3}).responses) == 3
 
 
-def test_the_command_renders_the_system_field_or_refuses_it(repository, write_lines, sentencepiece_model, tmp_path):
+def test_the_command_renders_the_system_field_or_refuses_it(tool, write_lines, sentencepiece_model, tmp_path):
     records = write_lines([{"system": "Talk like a pirate.", "question": "What is 2 + 2?", **PAIR}])
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     arguments = ["--input", records, "--output", tmp_path / "out", "--seq-length", 256, "--chat-template", template]
     arguments += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", sentencepiece_model]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "tools/preprocess_data.py", *map(str, arguments), *more]
-        env = os.environ | {"PYTHONPATH": str(repository)}
-        return subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True, timeout=300)
-
-    refused = run()
+    refused = tool("preprocess_data", *arguments)
     assert refused.returncode == 1
     assert f"error: {records}:1: system ('Talk like a pirate.') is a chat turn" in refused.stderr
     assert not (tmp_path / "out").exists()
-    rendered = run("--apply-chat-template")
+    rendered = tool("preprocess_data", *arguments, "--apply-chat-template")
     assert rendered.returncode == 0, rendered.stderr
     assert len(TokenStore.open(tmp_path / "out")) == 1

@@ -50,14 +50,16 @@ def turns(*contents: str, start: str = "user") -> tuple[Message, ...]:
 def test_text_is_prompt_then_response_then_end(plain):
     group, _ = tokenize(plain, "Anna has 3 apples;", " how\nmany?", "Yes")
     assert group.prompt_tokens.tolist() == [plain.bos_id, *plain.encode("Anna has 3 apples;")]
+    num_prompt = len(plain.encode("Anna has 3 apples;"))
     assert [r.tokens.tolist() for r in group.responses] == [
-        [*plain.encode(" how\nmany?"), plain.eos_id],
-        [*plain.encode("Yes"), plain.eos_id],
+        [*plain.encode("Anna has 3 apples; how\nmany?")[num_prompt:], plain.eos_id],
+        [*plain.encode("Anna has 3 apples;Yes")[num_prompt:], plain.eos_id],
     ]
     assert all(response.mask is None for response in group.responses)
     assert group.prompt_tokens.dtype == group.responses[0].tokens.dtype == np.int32
 
 
+@pytest.mark.acts("TokenizeOptions.add_bos")
 def test_the_beginning_token_is_an_option(plain, tmp_path):
     group, _ = tokenize(plain, "A", "b", "c", add_bos="no")
     assert group.prompt_tokens.tolist() == plain.encode("A")
@@ -128,6 +130,25 @@ def test_only_the_assistants_turns_count(chat_folder):
     assert ends.sum() == 2, "each of the assistant's turns keeps its end token"
 
 
+def test_the_end_token_of_a_template_without_one_is_appended_and_trained(tmp_path):
+    """Also where a context turn is masked, so that the response has a mask at all."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<assistant>{% endif %}"
+    tokenizer = hugging_face(make_folder(tmp_path, template, ["<user>", "<assistant>", "</s>"], None, "</s>"))
+    response = turns("First.", "And then?", "Last 12.", start="assistant")
+    group, _ = tokenize(tokenizer, turns("Go on"), response, turns("Done.", start="assistant"))
+    masked, whole = group.responses
+    for row in (masked, whole):
+        assert row.tokens[-1] == tokenizer.eos_id
+        assert (row.tokens == tokenizer.eos_id).sum() == 1
+    assert whole.mask is None
+    assert tokenizer.decode(masked.tokens[masked.mask]) == tokenizer.decode(
+        [*tokenizer.encode("First."), *tokenizer.encode("Last 12."), tokenizer.eos_id]
+    )
+    assert masked.mask[-1]
+
+
+@pytest.mark.acts("TokenizeOptions.apply_chat_template")
 def test_plain_text_is_wrapped_on_request_and_beside_messages(chat_folder):
     tokenizer = hugging_face(chat_folder)
     expected, _ = tokenize(tokenizer, turns("Q?"), turns("A.", start="assistant"))
@@ -155,6 +176,7 @@ def test_a_merge_across_the_border_is_tokenized_in_pieces(tmp_path):
     assert counts == {why.RETOKENIZED: 1}
 
 
+@pytest.mark.acts("TokenizeOptions.prefix_mismatch")
 def test_a_template_that_rewrites_the_prompt_is_dropped_or_refused(tmp_path):
     template = "{{ messages | length }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
     tokenizer = hugging_face(make_folder(tmp_path, template, ["</s>"], None, "</s>"))
@@ -202,6 +224,7 @@ def test_drop_leaves_out_what_does_not_fit(digits):
     assert counts == {why.TOO_LONG: 1}
 
 
+@pytest.mark.acts("TokenizeOptions.length_policy", "TokenizeOptions.seq_length")
 def test_truncate_response_cuts_the_end(digits):
     group, counts = tokenize(digits, PROMPT, SHORT, LONG, seq_length=14, length_policy="truncate-response")
     assert lengths(group) == (10, [3, 4])

@@ -116,6 +116,7 @@ def test_a_model_that_cannot_be_exported_is_refused(train_sentencepiece, tmp_pat
     assert not (tmp_path / "folder").exists()
 
 
+@pytest.mark.acts("TokenizerOptions.kind")
 @pytest.mark.parametrize("kind", ["SentencePieceTokenizer", "GPTSentencePieceTokenizer", "HuggingFaceTokenizer"])
 def test_a_tokenizer_that_is_not_there_is_one_clear_error(tmp_path, kind):
     with pytest.raises(DataError, match=r"--tokenizer-model .*nowhere: no such"):
@@ -145,6 +146,7 @@ def test_special_names_in_plain_text_are_text_and_in_rendered_text_are_tokens(tm
         tokenizer.render_chat([Message(role="user", content="x")], add_generation_prompt=True)
 
 
+@pytest.mark.acts("TokenizerOptions.chat_template")
 def test_the_chat_template_is_the_tokenizers_or_a_files(tmp_path, sentencepiece_model, train_sentencepiece):
     (tmp_path / "chat.jinja").write_text(TEMPLATE)
     messages = [Message(role="user", content="Hi"), Message(role="assistant", content="Yes")]

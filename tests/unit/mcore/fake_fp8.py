@@ -1,6 +1,6 @@
 """A stand-in for FP8 linear layers on the CPU: quantize, dequantize, and keep state by Transformer Engine's rules.
 
-Delayed scaling as it computes it (``pytorch/quantization.py``): a quantizer uses the scale it is given, and row 0 of
+Delayed scaling as it computes it (``FP8GlobalStateManager``): a quantizer uses the scale it is given, and row 0 of
 its history collects the largest magnitude it saw; an update takes the amax of the history, sets
 ``scale = fp8_max / amax / 2^margin`` unless amax is 0 or not finite, rolls the history up by one row and clears row 0.
 Left alone, the library updates after every forward with gradients and after every backward.

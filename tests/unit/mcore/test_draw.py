@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megatron_groupdpo.mcore.generate import SamplingOptions, _draw
@@ -17,6 +18,7 @@ def shares(options: SamplingOptions) -> torch.Tensor:
     return torch.bincount(drawn_B, minlength=5) / DRAWS
 
 
+@pytest.mark.acts("SamplingOptions.temperature")
 def test_draws_follow_the_tempered_softmax():
     for temperature in (0.5, 1.0, 2.0):
         expected = torch.softmax(LOGITS_V / temperature, 0)
@@ -24,6 +26,7 @@ def test_draws_follow_the_tempered_softmax():
         assert (shares(SamplingOptions(max_new_tokens=1, temperature=temperature)) - expected).abs().max() < 0.0075
 
 
+@pytest.mark.acts("SamplingOptions.top_p")
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
     probs = torch.softmax(LOGITS_V, 0)
     kept = torch.tensor([False, True, False, True, False])  # 0.64 alone is below 0.8, with the next it is above

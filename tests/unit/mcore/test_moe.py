@@ -86,6 +86,7 @@ def test_a_pass_keeps_no_statistics(ranks: Ranks):
     assert not ours.is_aux_loss_enabled()
 
 
+@pytest.mark.acts("ModelConfig.moe_router_dtype")
 @pytest.mark.parametrize("dtype", ["fp32", "fp64"])
 def test_the_router_computes_in_the_precision_asked_for(ranks: Ranks, dtype: str):
     config = transformer_config(

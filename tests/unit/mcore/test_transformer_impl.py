@@ -39,6 +39,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(te_fp8, "transformer_engine_problem", lambda: None)
 
 
+@pytest.mark.acts(
+    "ModelConfig.transformer_impl",
+    reason="which layers a GPU run takes; test_transformer_engine_python.py shows that they are one model",
+)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -74,6 +78,10 @@ def test_context_parallelism_takes_its_layers_only_where_they_have_it(installed:
     assert choice("auto", context=2, precision={"attention_backend": "local"}) == "transformer_engine"
 
 
+@pytest.mark.acts(
+    "PrecisionConfig.apply_rope_fusion",
+    reason="Megatron takes it with Transformer Engine alone; tests/gpu compare the fused rotation with the plain one",
+)
 @pytest.mark.parametrize(
     ("precision", "named"),
     [
@@ -119,6 +127,10 @@ def test_what_the_machine_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch)
         kernels.check_kernels(PrecisionConfig(attention_backend="flash", bf16=True), "transformer_engine", CUDA)
 
 
+@pytest.mark.acts(
+    "PrecisionConfig.attention_backend",
+    reason="the value reaches Megatron's configuration; tests/gpu compare every attention packed and padded",
+)
 def test_options_reach_megatrons_configuration():
     from megatron_groupdpo.config import ParallelConfig
     from megatron_groupdpo.mcore.model.build import transformer_config

@@ -60,8 +60,8 @@ def test_every_written_step_is_true_and_the_solution_ends_in_the_answer():
     steps = 0
     for problem in generate(NUM, seed=4, split="train"):
         assert problem.worked_solution.endswith(f"#### {problem.answer}")
-        told = problem.worked_solution.replace("plus", "+").replace("minus", "-").replace("makes", "=")
-        for expression, result in re.findall(r"(\d+ [+-] \d+) = (\d+)", told):
+        in_symbols = problem.worked_solution.replace("plus", "+").replace("minus", "-").replace("makes", "=")
+        for expression, result in re.findall(r"(\d+ [+-] \d+) = (\d+)", in_symbols):
             assert calculate(expression) == int(result), problem
             steps += 1
     assert steps > NUM // 2

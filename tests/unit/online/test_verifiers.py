@@ -117,8 +117,11 @@ def test_a_response_never_makes_it_raise(text: str, number: int):
     assert exact_answer(f"{text}\n#### {number}", str(number + 1)).label == -1
 
 
-def test_a_lone_surrogate_is_only_wrong():
-    assert exact_answer("#### \ud800", "42").label == -1
+@pytest.mark.parametrize("name", verifier_names())
+@pytest.mark.parametrize("response", ["", "no number", "1/0", "1 or 2", "#### \ud800", "9" * 100_000])
+def test_what_is_no_answer_is_wrong_to_every_verifier(name: str, response: str):
+    verdict = get_verifier(name)(response, "42")
+    assert (verdict.score, verdict.label) == (0.0, -1)
 
 
 @pytest.mark.parametrize("known", ["", "forty-two", "1 or 2", "text ####", "1/0"])

@@ -14,6 +14,7 @@ from megatron_groupdpo.data.preprocess.work_folder import whole_folder
 from megatron_groupdpo.data.store.reader import TokenStore
 from megatron_groupdpo.data.store.writer import PreparedGroup, StoreIdentity, StoreWriter
 from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.reference import content
 from megatron_groupdpo.reference.content import content_hashes, group_hashes, take_over
 from megatron_groupdpo.reference.store import (
     SCORING_VERSION,
@@ -228,3 +229,65 @@ def test_training_refuses_a_store_scored_in_part(tmp_path: Path):
     scored(tmp_path / "ref", store, [-1.0] * 4)
     with pytest.raises(DataError, match="1 of 5 responses have no number"):
         ReferenceLogProbs.open(tmp_path / "ref", [store], precision="fp32")
+
+
+def test_a_store_scored_in_part_says_how_to_go_on(tmp_path: Path):
+    store = make_store(tmp_path / "two", TWO)
+    writer = scored(tmp_path / "ref", store, [-1.0] * 4)
+    with pytest.raises(DataError) as caught:
+        ReferenceLogProbs.open(tmp_path / "ref", [store], precision="fp32")
+    assert str(caught.value) == (
+        f"{writer.folder}: 1 of 5 responses have no number; run tools/score_reference.py again, it goes on where it "
+        "stopped"
+    )
+
+
+def test_numbers_of_another_count_are_refused(tmp_path: Path):
+    store = make_store(tmp_path / "two", TWO)
+    writer = scored(tmp_path / "ref", store, [-1.0] * 5)
+    np.save(writer.folder / "logps.npy", np.zeros(4))
+    with pytest.raises(DataError) as caught:
+        ReferenceLogProbs.open(tmp_path / "ref", [store], precision="fp32")
+    assert str(caught.value) == (
+        f"{writer.folder / 'logps.npy'}: has (4,) numbers, the store {store.path} has 5 responses; delete the folder "
+        "and score again"
+    )
+
+
+def test_the_numbers_name_the_weights_that_made_them(tmp_path: Path):
+    store = make_store(tmp_path / "two", TWO)
+    scored(tmp_path / "ref", store, [-1.0] * 5)
+    opened = ReferenceLogProbs.open(tmp_path / "ref", [store], precision="fp32")
+    assert opened.weights_digest == "w" * 16
+    assert opened.keys == (key_of(store),)
+    assert opened[np.arange(5)].dtype == np.float64
+
+
+def taken_over(ours: list[tuple[int, int]], theirs: list[tuple[int, int]], logps: list[float], at_once: int) -> list:
+    found = np.full(len(ours), np.nan)
+    words = (np.array(hashes, dtype=np.uint64) for hashes in (ours, theirs))
+    our_words, their_words = words
+    filled = take_over(found, our_words, np.array(logps), their_words, at_once=at_once)
+    assert filled == (~np.isnan(found)).sum()
+    return [None if np.isnan(x) else x for x in found.tolist()]
+
+
+def test_contents_that_differ_in_one_bit_are_two():
+    top = 2**63
+    assert taken_over([(top, 1), (top + 1, 1), (top, 2)], [(top + 1, 1)], [-1.0], 8) == [None, -1.0, None]
+
+
+def test_a_part_of_the_content_without_a_number_does_not_end_the_search():
+    """In two parts by the first word: no even one has a number."""
+    assert taken_over([(3, 0), (2, 0), (5, 0)], [(5, 0), (3, 0)], [-5.0, -3.0], 1) == [-3.0, None, -5.0]
+
+
+def test_of_equal_contents_the_first_number_is_taken():
+    theirs = [(i % 3, 0) for i in range(3000)]
+    assert taken_over([(2, 0), (0, 0), (1, 0)], theirs, [-float(i) for i in range(3000)], 4000) == [-2.0, 0.0, -1.0]
+
+
+def test_rows_are_read_once_and_a_block_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("megatron_groupdpo.reference.content._READ_AT_ONCE", 16)
+    assert list(content._ranges(40)) == [slice(0, 16), slice(16, 32), slice(32, 40)]
+    assert list(content._ranges(16)) == [slice(0, 16)]

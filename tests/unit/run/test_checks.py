@@ -1,4 +1,4 @@
-"""Data of which no group has a preference term are refused before a model is built."""
+"""What is refused before a model is built: data without a preference term, a checkpoint in another order of data."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_groupdpo.errors import DataError
+from megatron_groupdpo.errors import CheckpointError, DataError
 from megatron_groupdpo.objectives import OBJECTIVES, active_groups
-from megatron_groupdpo.run.checks import check_groups
+from megatron_groupdpo.run.checks import check_groups, check_source
 
 NAN = float("nan")
 DATA: dict[str, tuple[list[list[int]], list[list[float]]]] = {
@@ -60,3 +60,52 @@ def test_refused_is_exactly_what_has_no_active_group(data: str, objective: str):
     else:
         with pytest.raises(DataError, match=f"a.store: objective '{objective}' needs groups with .* none of"):
             check_groups(dataset(labels, values), objective)
+
+
+@pytest.mark.parametrize("objective", [name for name, described in OBJECTIVES.items() if described.needs_values])
+def test_data_without_values_are_told_what_gives_them_values(objective: str):
+    """Another --partition, which helps where labels or ties leave nothing, cannot."""
+    with pytest.raises(DataError, match="give each response a score") as refused:
+        check_groups(dataset(*DATA["labels"]), objective)
+    assert "--partition" not in str(refused.value)
+    with pytest.raises(DataError, match="another --partition"):
+        check_groups(dataset([[1, 1]], [[0.5, 0.5]]), objective)
+
+
+def checkpoint_with_order(folder: Path, order: dict[str, Any]) -> Path:
+    """What a checkpoint says beside its tensors, and nothing else."""
+    import json
+
+    import torch
+
+    folder.mkdir()
+    torch.save({"groupdpo_format": 1, "config": {"order": order}}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    return folder
+
+
+@pytest.mark.parametrize(("saved", "goes_on_with"), [({}, 1), ({"blend": 1}, 1), ({"blend": 2}, 2), (None, 2)])
+def test_a_resumed_run_goes_on_with_the_blend_it_began_with(tmp_path: Path, saved: dict | None, goes_on_with: int):
+    """None: nothing is resumed. A checkpoint older than the number has the first blend."""
+    from megatron_groupdpo.convert.start_weights import StartWeights
+    from megatron_groupdpo.run.build import data_order
+
+    config: Any = SimpleNamespace(
+        training=SimpleNamespace(seed=7),
+        data=SimpleNamespace(shuffle=True, data_weights=(1.0, 2.0), curriculum="none", valid_fraction=0.0),
+    )
+    stores: Any = SimpleNamespace(stores=[SimpleNamespace(digest="a"), SimpleNamespace(digest="b")])
+    whole = data_order(config, stores, None)
+    assert whole["blend"] == 2
+    own = {name: value for name, value in whole.items() if name != "blend"}
+    source = None if saved is None else StartWeights(folder=checkpoint_with_order(tmp_path / "iter", own | saved))
+    order = data_order(config, stores, source)
+    assert order == own | {"blend": goes_on_with}
+    if source is not None:
+        check_source(source.folder, {"digest": "t", "model": "m"}, order)
+
+
+def test_a_blend_that_is_not_known_here_is_refused(tmp_path: Path):
+    folder = checkpoint_with_order(tmp_path / "iter", {"seed": 7, "blend": 3})
+    with pytest.raises(CheckpointError, match="blend: checkpoint 3, run 2"):
+        check_source(folder, {"digest": "t", "model": "m"}, {"seed": 7, "blend": 2})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -124,16 +122,11 @@ def test_the_running_mean_is_the_mean_of_the_window():
     np.testing.assert_allclose(running_mean(values, 7), expected, atol=1e-12)
 
 
-def test_the_command_draws_a_run_folder_and_refuses_an_absent_one(tmp_path: Path, repository: Path):
+def test_the_command_draws_a_run_folder_and_refuses_an_absent_one(tmp_path: Path, tool):
     write_log(tmp_path / "metrics.jsonl")
-
-    def plot(run: Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "tools.plot_run", str(run)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=120)
-
-    assert plot(tmp_path).returncode == 0
+    assert tool("plot_run", tmp_path).returncode == 0
     assert colours(tmp_path / "training.png").std() > 10
-    refused = plot(tmp_path / "absent")
+    refused = tool("plot_run", tmp_path / "absent")
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: ")
     assert "Traceback" not in refused.stderr

@@ -14,6 +14,7 @@ from config_examples import example
 FP8: dict[str, Any] = {"bf16": True, "fp8_format": "hybrid", "fp8_recipe": "tensorwise"}
 
 
+@pytest.mark.acts("TrainingConfig.logp_tolerance")
 def test_fp8_has_no_measured_tolerance_and_takes_what_is_given():
     from megatron_groupdpo.run.proofs.tolerances import gradient_tolerance, logp_tolerance, shown
 
