@@ -21,7 +21,8 @@ from megatron_groupdpo.config import (
 )
 from megatron_groupdpo.convert.hf.tokenizers import options_for, where_it_is_now
 from megatron_groupdpo.data.text.identity import describe, differences, options_of
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError, DataError, UserError
 from megatron_groupdpo.online.problems import read_problems

@@ -17,7 +17,7 @@ from megatron_groupdpo.convert.hf.folder import CONFIG
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.data.store.reader import GroupDataset
 from megatron_groupdpo.data.text.identity import options_of
-from megatron_groupdpo.data.text.tokenizer import load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.errors import CheckpointError, DataError, UserError
 from megatron_groupdpo.processes import errors_reach_all_ranks
 from megatron_groupdpo.run.parts import Run

@@ -13,7 +13,8 @@ from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.hf.json_text import with_values
 from megatron_groupdpo.convert.hf.side_files import check_tokenizer_config
 from megatron_groupdpo.data.text.identity import describe, differences, options_of
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, DataError
 
 FOLDER = "tokenizer"

@@ -40,8 +40,9 @@ from megatron_groupdpo.data.schemas import Schema, choose_schema
 from megatron_groupdpo.data.store import format as fmt
 from megatron_groupdpo.data.store.writer import StoreIdentity, StoreWriter, Written
 from megatron_groupdpo.data.text.identity import describe
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.data.text.tokenize import RENDERING, asks_for_date
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.errors import ConfigError, DataError, UserError
 
 NUM_DETECTION_RECORDS = 16

@@ -25,7 +25,8 @@ import numpy as np
 from megatron_groupdpo.data.store import format as fmt
 from megatron_groupdpo.data.store.indexed import IndexedReader
 from megatron_groupdpo.data.text.identity import describe, differences
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupSample
 

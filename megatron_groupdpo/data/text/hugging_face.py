@@ -12,7 +12,7 @@ from typing import Any, override
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import pre_tokenizers
 
-from megatron_groupdpo.data.text.saved import save_for_all_readers
+from megatron_groupdpo.data.text.sentencepiece_export import save_for_all_readers
 from megatron_groupdpo.data.text.templates import END, NO_INPUTS, START, TemplateInputs, mark, names_pattern, render
 from megatron_groupdpo.data.text.tokenizer import Tokenizer, digest_of, squeezed
 from megatron_groupdpo.errors import DataError

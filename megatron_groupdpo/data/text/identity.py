@@ -13,7 +13,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, canonical_kind, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, canonical_kind
 from megatron_groupdpo.errors import DataError
 
 TEXTS = (

@@ -19,7 +19,8 @@ from megatron_groupdpo.convert.exporting import ExportOptions, export_checkpoint
 from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.importing import ImportOptions, import_hf, kept_of
 from megatron_groupdpo.convert.weights.loading import load_hf_weights
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.mcore.policy import build_policy
 from megatron_groupdpo.mcore.setup import Ranks
 

@@ -24,7 +24,8 @@ from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.importing import ImportOptions, import_hf, prepare_import
 from megatron_groupdpo.convert.start_weights import find_weights, load_any_policy
 from megatron_groupdpo.data.text.identity import describe, differences
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, UserError
 from megatron_groupdpo.mcore.setup import Ranks
 
