@@ -36,10 +36,10 @@ test-fast: setup check  ## check, cheap units, a case of each law: 3 minutes
 	$(TEST_ENV) $(PYTEST) -m "fast and not slow and not gpu" $(ARGS)
 
 invariance: setup  ## Every layout against one process (ARGS="--only CP2", --full)
-	@OMP_NUM_THREADS=1 $(VENV)/python tests/distributed/matrix.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/python tests/harness/matrix.py $(ARGS)
 
 parity: setup  ## Model families against transformers (ARGS="--only qwen")
-	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/python tests/distributed/family_parity.py $(ARGS)
+	@OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(VENV)/python tests/harness/family_parity.py $(ARGS)
 
 mutants:  ## Break the code: the tests must see it (ARGS="a word": some)
 	@EXTRAS=dev,mutants tools/setup.sh

@@ -7,7 +7,7 @@ Both sides read the same texts, tokenizer and random Hugging Face models (a smal
 for each), in fp32 on the CPU. TRL makes one step of `DPOTrainer.train()`; its gradient is read before the optimizer
 uses it. This package makes a token store of the texts, imports the weights into Megatron-Core, scores the reference and
 runs its two passes; the gradient is split into the Hugging Face tensors. The problem is in
-tests/distributed/pair_problem.py.
+tests/harness/pair_problem.py.
 
 Writes benchmarks/results/trl_parity.json and .md, and ends with 1 when a difference is over its tolerance.
 """
@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT / "tests" / "distributed"))
+sys.path.insert(0, str(ROOT / "tests" / "harness"))
 
 import pair_compare  # noqa: E402
 import pair_problem  # noqa: E402

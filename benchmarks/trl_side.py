@@ -1,4 +1,4 @@
-"""TRL's numbers for the problem of ``tests/distributed/pair_problem.py``, from its own ``DPOTrainer`` on the CPU."""
+"""TRL's numbers for the problem of ``tests/harness/pair_problem.py``, from its own ``DPOTrainer`` on the CPU."""
 
 from __future__ import annotations
 

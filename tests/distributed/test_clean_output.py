@@ -42,7 +42,7 @@ def test_a_run_and_every_tool_warn_of_nothing(tiny_data: TinyData, tmp_path: Pat
     ]
     started = {command[0].removeprefix("tools/") for command in commands}
     assert {path.name for path in (ROOT / "tools").glob("*.py")} <= started, "a tool that no command here starts"
-    script = [sys.executable, str(Path(__file__).parent / "clean_output.py"), json.dumps(commands)]
+    script = [sys.executable, str(ROOT / "tests" / "harness" / "clean_output.py"), json.dumps(commands)]
     done = subprocess.run(script, capture_output=True, text=True, timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert warnings_in(done.stderr) == []

@@ -226,7 +226,9 @@ def test_equal_weights_in_another_model_are_another_reference(
     assert again.num_run == 0, "how many positions there are is no part of the function"
 
 
-@pytest.mark.parametrize("name", ["pp2", "cp2", "packed", "packed-cp2", "packed-pp2-dp2"])
+@pytest.mark.parametrize(
+    "name", ["pp2", pytest.param("cp2", marks=pytest.mark.slow), "packed", "packed-cp2", "packed-pp2-dp2"]
+)
 def test_a_resident_reference_gives_the_losses_of_the_cached_one(
     pool: RankPool, tiny_data: TinyData, start: Path, losses_with, tmp_path: Path, name: str
 ):
@@ -248,7 +250,12 @@ VPP2 = PP2 | {"virtual_pipeline_model_parallel_size": 2}
 
 @pytest.mark.parametrize(
     ("num_ranks", "layout", "precision"),
-    [(1, {}, {}), (2, {"use_distributed_optimizer": True}, {"bf16": True}), (2, VPP2, {"bf16": True}), (2, TP2, {})],
+    [
+        (1, {}, {}),
+        (2, {"use_distributed_optimizer": True}, {"bf16": True}),
+        (2, VPP2, {"bf16": True}),
+        pytest.param(2, TP2, {}, marks=pytest.mark.slow),
+    ],
     ids=["one", "dp2-sharded-bf16", "vpp2-bf16", "tp2"],
 )
 def test_swapped_weights_train_as_a_second_model_bit_for_bit(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "distributed"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "harness"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -90,7 +90,7 @@ def test_bf16_is_near_fp32_in_both_kinds_of_layers(wanted: Any, plan: str, impl:
 
 @pytest.mark.parametrize("plan", ["padded", "packed"])
 def test_local_layers_do_not_make_the_host_wait_for_the_gpu(plan: str):
-    """CUDA itself says so; the CPU's watch (tests/distributed/sync_watch.py) only knows what it looks for."""
+    """CUDA itself says so; the CPU's watch (tests/harness/sync_watch.py) only knows what it looks for."""
     with gpu.one_gpu() as ranks:
         policy = gpu.make_policy(ranks, bf16=True)
         planned = gpu.planned_batch(ranks, **PLANS[plan])

@@ -8,7 +8,8 @@ model's own specification:
     precompiled character map, whitespace rules     normalizers
     user-defined symbols, matched first             Split (isolated), then the model
     unigram / BPE, byte fallback, fused unknowns    Unigram / BPE
-    control symbols are never read from text        ``split_special_tokens``, and cuts inside their names
+    control symbols are never read from text        ``split_special_tokens``, and cuts inside their names; read
+                                                    where there is a chat template, which writes them
 
 Equal ids were found for unigram and BPE, with and without byte fallback, dummy prefix, user-defined symbols,
 and for the identity and nmt_nfkc character maps with extra whitespace removed. Refused: whitespace as suffix,
@@ -25,6 +26,7 @@ from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from megatron_groupdpo.data.text.saved import save_for_all_readers
 from megatron_groupdpo.errors import DataError
 
 _SPACE = "▁"
@@ -51,7 +53,7 @@ def export_to_hugging_face(model_file: Path, folder: Path, *, add_bos: bool, cha
     symbols = _user_defined_symbols(_read_proto(model_file))
     for probe in [*_PROBES, *(f"a{symbol}b </s>{symbol}</s>{symbol}\n" for symbol in symbols[:32])]:
         expected = processor.encode(probe)
-        got = hugging_face.encode(probe, add_special_tokens=False)
+        got = hugging_face.encode(probe, add_special_tokens=False, split_special_tokens=True)
         if expected != got:
             raise DataError(
                 f"{model_file}: an exported tokenizer must give SentencePiece's own ids, but for {probe!r} "
@@ -59,7 +61,9 @@ def export_to_hugging_face(model_file: Path, folder: Path, *, add_bos: bool, cha
                 "normalization_rule_name='identity', remove_extra_whitespaces=False, byte_fallback=True, "
                 "or use a Hugging Face tokenizer from the start"
             )
-    hugging_face.save_pretrained(str(folder))
+    # A template's own names must be read as the tokens that were trained.
+    hugging_face.split_special_tokens = chat_template is None
+    save_for_all_readers(hugging_face, folder)
 
 
 def build_fast_tokenizer(model_file: Path, *, add_bos: bool) -> PreTrainedTokenizerFast:

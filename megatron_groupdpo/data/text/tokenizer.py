@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args, override
+from typing import Any, Literal, Protocol, get_args, override
 
 import sentencepiece
 
+from megatron_groupdpo.data.text.control_names import ControlNames
 from megatron_groupdpo.data.text.templates import (
     NO_INPUTS,
     TemplateInputs,
@@ -23,7 +24,6 @@ from megatron_groupdpo.data.text.templates import (
     names_pattern,
     read_template,
     render,
-    unmarked,
 )
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import Message
@@ -76,6 +76,16 @@ class Tokenizer(Protocol):
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids of control tokens (beginning, end, turn markers)."""
+        ...
+
+    @property
+    def pieces(self) -> Mapping[str, int]:
+        """The vocabulary: the id of every piece, added tokens included."""
+        ...
+
+    @property
+    def chat_template(self) -> Any:
+        """The chat template (of a few tokenizers, several by name); None where there is none."""
         ...
 
     @property
@@ -225,6 +235,16 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     @override
+    def pieces(self) -> Mapping[str, int]:
+        return {self._processor.id_to_piece(i): i for i in range(self.vocab_size)}
+
+    @property
+    @override
+    def chat_template(self) -> str | None:
+        return self._template
+
+    @property
+    @override
     def digest(self) -> str:
         return digest_of(self._file.read_bytes(), (self._template or "").encode())
 
@@ -239,7 +259,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @override
     def encode_rendered(self, text: str) -> list[int]:
-        return self._processor.encode(unmarked(text))
+        return self._names.encode(text, self._processor.encode)
 
     @override
     def decode(self, ids: Sequence[int]) -> str:
@@ -274,6 +294,10 @@ class SentencePieceTokenizer(Tokenizer):
     @override
     def control_names(self) -> tuple[str, ...]:
         return tuple(self._processor.id_to_piece(i) for i in sorted(self.special_ids))
+
+    @functools.cached_property
+    def _names(self) -> ControlNames:
+        return ControlNames({self._processor.id_to_piece(i): i for i in self.special_ids})
 
     @functools.cached_property
     def _controls(self) -> re.Pattern[str] | None:

@@ -96,7 +96,7 @@ def _write(folder: Path, found: dict[str, Differences], lines: list[str], verdic
         "# Layout invariance",
         "",
         "`make invariance`: Megatron-Core in fp32 against one process, one graph, float64, no Megatron. Differences",
-        "are relative, defined in `tests/distributed/matrix.py`; the weights are those after three updates, by SGD or",
+        "are relative, defined in `tests/harness/matrix.py`; the weights are those after three updates, by SGD or",
         "(distopt) Adam.",
         "",
         f"{verdict}. {facts['date']}, commit {facts['commit']}, {facts['machine']}, "

@@ -1,6 +1,6 @@
 """What FP8 does to coefficients and gradients, on the CPU: Transformer Engine's Python, casts and sums in PyTorch.
 
-    python tests/distributed/te_fp8_report.py
+    python tests/harness/te_fp8_report.py
 
 Scales, histories and which tensors are quantized are Transformer Engine's own; a cast to FP8 is PyTorch's, a product
 sums what was cast in float32. A GPU's kernels may sum otherwise. Writes benchmarks/results/fp8_on_cpu.{json,md}.
@@ -66,7 +66,7 @@ def report(points: dict[str, list[dict[str, Any]]], facts: dict[str, str]) -> st
     lines = [
         "# FP8 on the CPU",
         "",
-        "`python tests/distributed/te_fp8_report.py`: Transformer Engine's own modules and scaling state; casts to FP8",
+        "`python tests/harness/te_fp8_report.py`: Transformer Engine's own modules and scaling state; casts to FP8",
         "and products (summed in float32) by PyTorch. Two groups of 8 responses of 32 tokens, beta 2 on mean scores,",
         f"no NLL. A model of {sizes}. No kernel of a GPU was run.",
         "",

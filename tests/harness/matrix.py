@@ -1,6 +1,6 @@
 """The layout-invariance matrix: one problem on every layout, against ``one_graph.py``.
 
-``python tests/distributed/matrix.py`` (``make invariance``) prints it as a table and keeps it under
+``python tests/harness/matrix.py`` (``make invariance``) prints it as a table and keeps it under
 ``benchmarks/results/``; ``test_layout_invariance.py`` holds it to its tolerances.
 """
 
