@@ -138,6 +138,7 @@ def follow(folder: Path) -> tuple[list[str], list[str]]:
     from megatron_groupdpo.config import load_config, validate
     from megatron_groupdpo.data.preprocess.pipeline import preprocess
     from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
+    from megatron_groupdpo.data.store.reader import TokenStore
     from megatron_groupdpo.data.text.loading import load_tokenizer
     from megatron_groupdpo.data.text.tokenize import TokenizeOptions
     from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
@@ -149,10 +150,12 @@ def follow(folder: Path) -> tuple[list[str], list[str]]:
     _write_groups(groups)
     tiny_run.train_tokenizer(tokenizer)
     options = TokenizerOptions(kind="SentencePieceTokenizer", model=str(tokenizer))
-    trip = Trip(load_tokenizer(options).encode(TEXT))
+    # Where the schema is found out, every schema has a look.
+    prepared = PreprocessOptions(tokenizer=options, tokenize=TokenizeOptions(seq_length=64), schema="canonical")
+    preprocess([str(groups)], folder / "before", prepared)
+    ids = TokenStore.open(folder / "before")[0].response_tokens[0][:-1]  # without the end token, which comes late
+    trip = Trip(ids.tolist())
     with trip:
-        # Where the schema is found out, every schema has a look.
-        prepared = PreprocessOptions(tokenizer=options, tokenize=TokenizeOptions(seq_length=64), schema="canonical")
         preprocess([str(groups)], store, prepared)
     tiny_run.write_reference(store, reference)
     config_file = tiny_run.write_config(
