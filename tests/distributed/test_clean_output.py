@@ -14,6 +14,7 @@ from clean_output import warnings_in
 from tiny_run import ROOT, TinyData, write_config
 
 
+@pytest.mark.costly
 def test_a_run_and_every_tool_warn_of_nothing(tiny_data: TinyData, tmp_path: Path):
     from megatron_groupdpo.online.problems import generate, write_problems
 
@@ -48,6 +49,7 @@ def test_a_run_and_every_tool_warn_of_nothing(tiny_data: TinyData, tmp_path: Pat
     assert warnings_in(done.stderr) == []
 
 
+@pytest.mark.costly
 def test_two_ranks_under_torchrun_warn_of_nothing(tiny_data: TinyData, tmp_path: Path):
     config = write_config(tmp_path / "run.yaml", tiny_data.store, tiny_data.reference)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -63,6 +63,7 @@ def launch(tmp_path: Path) -> Callable[..., Launch]:
     return run
 
 
+@pytest.mark.costly
 def test_a_run_writes_its_logs_and_checkpoints(launch: Callable[..., Launch], config_file: ConfigFile, tmp_path: Path):
     save, boards = tmp_path / "run", tmp_path / "boards"
     config = config_file(optimizer={"lr_warmup_iters": 0})

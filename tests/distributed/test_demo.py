@@ -13,6 +13,7 @@ from tiny_run import ROOT
 
 
 @pytest.mark.slow
+@pytest.mark.costly
 def test_every_step_of_the_demo_runs_and_reports(tmp_path: Path):
     folder = tmp_path / "demo"
     command = [sys.executable, str(ROOT / "examples/demo/run.py"), "--quick", "--dir", str(folder)]

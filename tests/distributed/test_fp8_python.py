@@ -156,6 +156,7 @@ SUITE_PARTS = ("groups-1b-fp8", "variants-1b", "lengths-1b", "fp8-gradients", "f
 SUITE_SIZES = {"hidden_size": 128, "ffn_hidden_size": 128}  # whole blocks
 
 
+@pytest.mark.costly
 def test_the_gpu_suites_parts_with_fp8_measure(suite: dict[str, list[dict[str, Any]]]):
     points = [point for part in suite.values() for point in part]
     assert [point["error"] for point in points if "error" in point] == []
@@ -169,6 +170,7 @@ def test_the_gpu_suites_parts_with_fp8_measure(suite: dict[str, list[dict[str, A
     assert all(point["score_drift"] == 0.0 for point in variants.values())
 
 
+@pytest.mark.costly
 def test_fp8_gradients_point_where_those_of_fp32_do(suite: dict[str, list[dict[str, Any]]]):
     rows = [point for point in suite["fp8-gradients"] if "objective" in point]
     of_fp8 = [row for row in rows if row["precision"].startswith("fp8")]
@@ -221,6 +223,7 @@ def test_weights_kept_in_fp8_are_those_of_a_run_that_keeps_them_in_bf16(te_pool:
         assert found["bytes"] < 0.6 < wanted["bytes"] == 1.0
 
 
+@pytest.mark.costly
 def test_a_stage_whose_layers_are_all_in_bf16_keeps_no_weights_in_fp8(te_pool: TePool):
     precision = fp8("hybrid", "tensorwise") | {"first_last_layers_bf16": True, "num_layers_at_start_in_bf16": 2}
     arguments = (None, {"pipeline_model_parallel_size": 2})
@@ -248,6 +251,7 @@ def test_a_checkpoint_of_weights_kept_in_fp8_holds_what_they_were_rounded_from(
 
 
 @pytest.mark.parametrize("recipe", ["delayed", slow("tensorwise")])
+@pytest.mark.costly
 def test_weights_kept_in_fp8_start_from_a_hugging_face_model(te_pool: TePool, tmp_path: Path, recipe: str):
     from transformers import AutoModelForCausalLM
 

@@ -42,6 +42,7 @@ def test_kernels_and_plain_form_agree_in_values_and_gradients(
             np.testing.assert_allclose(found, wanted, rtol=rtol, atol=atol)
 
 
+@pytest.mark.costly
 def test_the_gradient_of_a_tensor_parallel_run_through_the_kernels_is_that_of_the_one_graph(interpreting: RankPool):
     case = LayoutCase(num_ranks=2, parallel={**TP2, **SP}, precision={"fused_logprobs": "on"}, num_groups=2)
     check_gradient(interpreting, case)

@@ -33,6 +33,7 @@ def measured(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return points
 
 
+@pytest.mark.costly
 def test_every_part_measures_or_says_why_not(measured: dict[str, list[dict[str, Any]]]):
     errors = [point["error"] for points in measured.values() for point in points if "error" in point]
     assert errors == []
@@ -58,6 +59,7 @@ def test_every_part_measures_or_says_why_not(measured: dict[str, list[dict[str, 
     assert decoupled["flops"] == pytest.approx(coupled["flops"] * 4 / 3)
 
 
+@pytest.mark.costly
 def test_bf16_is_measured_against_fp32_on_equal_weights(measured: dict[str, list[dict[str, Any]]]):
     rows = [point for point in measured["fp8-gradients"] if "objective" in point]
     assert {(row["precision"], row["against"]) for row in rows} == {("bf16", "fp32")}
@@ -70,6 +72,7 @@ def test_bf16_is_measured_against_fp32_on_equal_weights(measured: dict[str, list
     assert all(losses[-1] < losses[0] for losses in curves)
 
 
+@pytest.mark.costly
 def test_the_report_holds_every_part(measured: dict[str, list[dict[str, Any]]], tmp_path: Path):
     outcomes = [
         {"name": name, "state": DONE, "seconds": 1.0, "error": None, "machine": {"date": "today"}, "points": points}
@@ -106,6 +109,7 @@ if sys.orig_argv[2:4] == ["--run-part", "groups-1b-bf16"]:
 """Read by every Python that starts with it on its path."""
 
 
+@pytest.mark.costly
 def test_a_part_is_done_once_and_a_failed_one_again(tmp_path: Path):
     first = suite(tmp_path, "--parts", "rates")
     assert first.returncode == 0, first.stderr

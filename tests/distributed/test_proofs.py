@@ -136,6 +136,7 @@ def test_the_norm_counts_every_element_of_the_model_once(pool: RankPool, config_
     assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-5)
 
 
+@pytest.mark.costly
 def test_the_norm_counts_every_element_of_a_mixture_once(pool: RankPool, config_file: ConfigFile):
     """Experts have other replicas than the rest; each run also verifies its gradient, on as many groups each."""
     norms = []

@@ -87,6 +87,7 @@ def num_threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+@pytest.mark.costly
 def test_fifty_layouts_leave_no_thread_behind(pool: RankPool):
     """A group has threads, each of which wakes a hundred times a second, until nothing refers to it."""
     pool.run(2, both_passes, MANY_CASES[0])

@@ -229,6 +229,7 @@ def test_equal_weights_in_another_model_are_another_reference(
 @pytest.mark.parametrize(
     "name", ["pp2", pytest.param("cp2", marks=pytest.mark.slow), "packed", "packed-cp2", "packed-pp2-dp2"]
 )
+@pytest.mark.costly
 def test_a_resident_reference_gives_the_losses_of_the_cached_one(
     pool: RankPool, tiny_data: TinyData, start: Path, losses_with, tmp_path: Path, name: str
 ):

@@ -103,6 +103,7 @@ def test_resuming_on_another_layout_gives_the_same_losses(
         assert [line[name] for line in resumed_lines] == pytest.approx(wanted, rel=1e-5), name
 
 
+@pytest.mark.costly
 def test_a_mixture_resumes_where_its_experts_are_shared_out_otherwise(train, tmp_path: Path):
     """Weights and optimizer state; its gradient is verified on the way, experts shared out and whole."""
     verified = (*MIXTURE, "--verify-gradients", "1")
@@ -114,6 +115,7 @@ def test_a_mixture_resumes_where_its_experts_are_shared_out_otherwise(train, tmp
         assert [line[name] for line in resumed_lines] == pytest.approx(wanted, rel=1e-5), name
 
 
+@pytest.mark.costly
 def test_worker_processes_change_nothing(train, tmp_path: Path):
     digest, lines = train(DP2, tmp_path / "none")
     prefetched, prefetched_lines = train(DP2, tmp_path / "two", "--num-workers", "1")

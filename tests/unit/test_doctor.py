@@ -108,6 +108,7 @@ def test_optimizers_go_transformer_engine_then_apex_then_torch():
     assert "torch" in doctor.optimizer_path(transformer_engine=False, apex=False)
 
 
+@pytest.mark.costly
 def test_the_command_reports_this_machine(import_folder: Path, repository: Path):
     _package(import_folder, "transformer_engine", "raise RuntimeError('partial install')")
     result = subprocess.run(

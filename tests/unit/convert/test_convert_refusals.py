@@ -348,6 +348,7 @@ def test_a_comparison_fails_above_its_tolerance_and_on_numbers_that_are_none(tmp
     assert report["max_difference"] is None
 
 
+@pytest.mark.costly
 def test_the_command_exits_with_1_and_one_line(
     tool: Callable[..., Any], repository: Path, hf_models: Callable[..., Path], tmp_path: Path
 ):

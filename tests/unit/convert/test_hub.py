@@ -94,6 +94,7 @@ def test_a_model_is_fetched_from_the_hub_once_and_then_found_offline(
     assert "\n" not in str(unreachable[1])
 
 
+@pytest.mark.costly
 def test_import_takes_a_name(repository: Path, hf_models: Callable[..., Path], tmp_path: Path):
     with hub_of({"org/tiny": hf_models("llama-tied")}) as (endpoint, _):
         done = subprocess.run(

@@ -103,6 +103,7 @@ SLACK = 24 * MIB
 """For what is no weights: modules, allocator, libraries loaded late."""
 
 
+@pytest.mark.costly
 def test_host_memory_is_the_partition_and_one_file(repository: Path, large: Path, ranks: Ranks, tmp_path: Path):
     size = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     assert size > 90 * MIB

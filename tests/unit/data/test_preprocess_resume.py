@@ -102,6 +102,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 4 * NUM_RECORDS), min_size=1, max_size=3), st.sampled_from([0.0, 0.01, 60.0]))
+@pytest.mark.costly
 def test_killed_anywhere_the_store_is_the_same(inputs, build, tmp_path, kills, commit_seconds):
     whole = tmp_path / "whole"
     if not whole.exists():
@@ -212,6 +213,7 @@ def test_a_worker_that_dies_is_told_of_and_its_work_is_done_again(inputs, build,
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
+@pytest.mark.costly
 def test_a_killed_command_goes_on_and_its_workers_end(repository, sentencepiece_model, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in records() * 60))

@@ -5,7 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.costly
 def test_a_device_context_first_used_under_the_stand_in_works():
     # In a fresh process: torch collects the factories of ``with torch.device`` at the first use of one.
     code = """

@@ -78,6 +78,7 @@ def test_prefetched_batches_are_those_of_the_source(source: BatchSource, num_wor
             assert same(batches.batch(place), source.batch(place, 2)), place
 
 
+@pytest.mark.costly
 def test_a_worker_that_dies_ends_the_run_with_its_reason(source: BatchSource):
     with Prefetcher(source, num_workers=1, num_groups=2, end=1000) as batches:
         batches.batch(0)
@@ -109,6 +110,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.costly
 def test_workers_end_with_a_run_that_ends_in_any_way(tmp_path: Path):
     """They would hold its output open, and whoever reads that would wait for ever."""
     script = tmp_path / "leaves.py"
