@@ -139,7 +139,6 @@ def follow(folder: Path) -> tuple[list[str], list[str]]:
     from megatron_groupdpo.data.preprocess.pipeline import preprocess
     from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
     from megatron_groupdpo.data.store.reader import TokenStore
-    from megatron_groupdpo.data.text.loading import load_tokenizer
     from megatron_groupdpo.data.text.tokenize import TokenizeOptions
     from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
     from megatron_groupdpo.mcore.setup import initialize, shut_down
