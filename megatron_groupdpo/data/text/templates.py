@@ -64,7 +64,8 @@ def render(
     from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
     turns = [as_dict(message) for message in messages]
-    tools, given = inputs.tools, dict(inputs.arguments)
+    tools: Any = inputs.tools
+    given = dict(inputs.arguments)
     if mark_text is not None:
         for message in messages:
             if mark_text(message.role) != message.role:
@@ -107,7 +108,7 @@ def variables(template: str) -> frozenset[str]:
 
 def reads_clock(template: str) -> bool:
     """Whether a template asks for the date."""
-    import jinja2
+    import jinja2.nodes
 
     return any(name.name == "strftime_now" for name in _parsed(template).find_all(jinja2.nodes.Name))
 

@@ -130,7 +130,7 @@ def test_files_that_did_not_change_come_back_byte_for_byte(
     from megatron_groupdpo.data.text.loading import load_tokenizer
     from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 
-    folder = own_copy("qwen2-tied")
+    folder = own_copy("olmo2")
     load_tokenizer(TokenizerOptions(kind="SentencePieceTokenizer", model=str(sentencepiece_model))).save(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}  \n")
     config = json.loads((folder / "config.json").read_text())

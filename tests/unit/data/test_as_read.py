@@ -86,6 +86,7 @@ def test_pieces_of_a_conversation_begin_with_no_space_of_their_own(metaspace):
 TURNS = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
 
 
+@pytest.mark.acts("TokenizeOptions.train_on_turn_tail")
 def test_the_templates_tail_of_a_turn_is_trained_on_request(tmp_path):
     tokenizer = load(make_chat_folder(tmp_path, CHATML))
     record = {"prompt": [{"role": "user", "content": "Q"}], "chosen": TURNS, "rejected": TURNS[:1]}

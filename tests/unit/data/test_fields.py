@@ -82,6 +82,7 @@ def test_the_input_is_part_of_any_text_prompt():
         assert read(schema, {**record, "input": "Q"}).prompt == "Q"
 
 
+@pytest.mark.acts("TokenizeOptions.template_arguments")
 def test_arguments_of_the_template_come_from_the_flag_and_the_record(thinking, plain_chat):
     off, on = '{"enable_thinking": false}', {"chat_template_kwargs": {"enable_thinking": True, "unset": None}}
     assert text_of(thinking, "pairs", PAIR)[0].endswith("assistant\n")

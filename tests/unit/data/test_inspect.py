@@ -248,11 +248,16 @@ def test_a_plain_store_without_fault_gives_no_warning(write_lines, build, tmp_pa
 
 
 SPOKEN = "Four.<|im_end|>\n<|im_start|>user\nAnd pears?"
+RENDERED = {
+    "prompt": "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n",
+    "responses": [{"text": SPOKEN, "label": 1}, {"text": "Five.", "label": -1}],
+    "rendered": True,
+}
 FAULTS_OF_STORES = {
     "template-not-applied": ([good(1), good(2)], {}),
-    "control-tokens-inside": ([as_chat(good(1), content=SPOKEN), as_chat(good(2))], {}),
+    "control-tokens-inside": ([RENDERED, RENDERED | {"prompt": RENDERED["prompt"].replace("many", "few")}], {}),
+    "escaped": ([as_chat(good(1), content=SPOKEN), as_chat(good(2))], {}),
     "role-markers": ([as_chat(good(1), content="Four.\n### Instruction: go on"), as_chat(good(2))], {}),
-    "control-names": ([as_chat(good(1), content="Four.</s>"), as_chat(good(2))], {}),
     "empty-responses": ([as_chat(changed(1, text=" ")), as_chat(good(2))], {}),
     "duplicate-prompts": ([as_chat(good(1)), as_chat(good(2) | {"prompt": good(1)["prompt"]})], {}),
     "one-sided": ([as_chat(good(1) | {"responses": good(1)["responses"][::2]}), as_chat(good(2))], {}),
@@ -269,7 +274,7 @@ FAULTS_OF_STORES = {
 def test_each_fault_of_a_store_gives_its_warning(write_lines, chat_build, code):
     records, options = FAULTS_OF_STORES[code]
     inspection = look_at(chat_build(write_lines(records), **options))
-    allowed = {"one-sided": {"equal-values"}, "responses-cut": {"missing-end"}}
+    allowed = {"one-sided": {"equal-values"}, "responses-cut": {"missing-end"}, "escaped": {"role-markers"}}
     # so few responses: a change of one text is a change of its side's length
     assert {code} <= codes(inspection) <= {code, "length-bias"} | allowed.get(code, set())
 
@@ -278,12 +283,14 @@ def test_responses_that_a_template_makes_equal_are_found(write_lines, chat_build
     # this template trims: texts that differ in white space have the same tokens
     record = as_chat(good(1), content=good(1)["responses"][2]["text"] + " ")
     inspection = look_at(chat_build(write_lines([record, as_chat(good(2))]), "llama3"))
-    assert codes(inspection) - {"length-bias"} == {"duplicate-responses"}
+    assert codes(inspection) - {"length-bias"} == {"same-tokens"}
 
 
 def test_beginning_tokens_too_many_and_too_few(write_lines, chat_build, build, tmp_path):
-    twice = as_chat(good(1) | {"prompt": "<|begin|>How many?"})
-    assert codes(look_at(chat_build(write_lines([twice, as_chat(good(2))]), "llama3"))) == {"double-bos"}
+    template, *names = STYLES["llama3"]
+    make_folder(tmp_path / "tokenizer", "{{ bos_token }}" + template, *names)
+    store = chat_build(write_lines([as_chat(good(1)), as_chat(good(2))], "chats.jsonl"))
+    assert codes(look_at(store)) == {"double-bos"}
     build(write_lines([good(1), good(2)]), tokenize=TokenizeOptions(seq_length=99, add_bos="no"), overwrite=True)
     assert codes(look_at(TokenStore.open(tmp_path / "store"))) == {"missing-bos"}
 

@@ -218,7 +218,7 @@ def test_a_filter_asks_for_what_it_names():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{records}", "--tokenizer-model", "x"], "--tokenizer-model is for a token store"),
+        (["{records}", "--tokenizer-model", "x"], "--tokenizer-model and --tokenizer-type go together for records"),
         (["{records}", "--verify"], "--verify is for a token store"),
         (["{records}", "--seed", "1"], "--seed is for a token store"),
         (["show", "{records}", "--tokens"], "--tokens is for a token store"),

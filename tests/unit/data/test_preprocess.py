@@ -55,7 +55,7 @@ def test_a_store_holds_the_partitioned_groups_in_order(write_lines, build, tmp_p
     assert report.schemas == ((str(path), "on_policy"),)
     assert report.counts[why.TIED] == 4
     assert report.counts[why.MIDDLE] == 4
-    assert report.counts[why.ONE_SIDED] == 1
+    assert report.counts[why.TIED_OUT] == 1
     assert responses_balance(report.counts)
     assert report.digest == store.digest
 

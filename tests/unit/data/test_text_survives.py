@@ -67,6 +67,7 @@ def test_a_response_that_the_template_cuts_is_no_data(cutting):
     assert counts[why.LOST_BY_TEMPLATE] == 1
 
 
+@pytest.mark.acts("TokenizeOptions.response_text")
 @pytest.mark.parametrize("opening", ["", "<think>\n"])
 def test_a_response_can_be_written_as_it_is(tmp_path, opening):
     template = CUTTING.replace(
@@ -137,7 +138,7 @@ def test_what_the_normalizer_changes_is_counted(few_characters, train_sentencepi
     assert +counts == {why.PROMPT_NORMALIZED: 1, why.RESPONSE_NORMALIZED: 1}
     model = str(train_sentencepiece(normalization_rule_name="nmt_nfkc"))
     tokenizer = load_tokenizer(TokenizerOptions(kind="SentencePieceTokenizer", model=model))
-    _, counts = tokens_of(tokenizer, "pairs", {"prompt": "Anna", "chosen": "ﬁve", "rejected": "six"})
+    _, counts = tokens_of(tokenizer, "pairs", {"prompt": "Anna\n", "chosen": "ﬁve", "rejected": "six"})
     assert +counts == {why.RESPONSE_NORMALIZED: 1}
 
 

@@ -52,6 +52,7 @@ def test_the_shortest_of_equals_is_taken_wherever_it_stands():
     assert topk(TIED[::-1], "length", texts[::-1]) == [-1, -1, 0, 0, 1, 0, 1]
 
 
+@pytest.mark.acts("Partition.tie_break")
 def test_random_ties_depend_on_the_seed_and_the_texts_alone():
     draws = {tuple(topk(TIED, "random", seed=seed)) for seed in range(40)}
     assert len(draws) == 9, "any of the three at the top, any two of the three at the bottom"
@@ -141,6 +142,7 @@ def prompts(store: TokenStore) -> set[str]:
     return {head.rpartition(": ")[2] for head in heads}
 
 
+@pytest.mark.acts("TokenizeOptions.template_date")
 def test_a_store_has_the_date_it_was_begun_on_or_was_told(dated, monkeypatch):
     store = dated(monkeypatch, "2031-02-03")
     assert prompts(store) == {"03 Feb 2031"}
