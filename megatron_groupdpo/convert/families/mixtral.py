@@ -55,5 +55,5 @@ MIXTRAL = decoder_family(
     to_model=_to_model,
     to_hf=_to_hf,
     reads=("sliding_window", "router_jitter_noise", *MIXTURE_READS),
-    harmless=ALL_FULL | ROUTER_LOSS,
+    harmless={**ALL_FULL, **ROUTER_LOSS},
 )

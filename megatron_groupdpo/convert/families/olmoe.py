@@ -61,5 +61,5 @@ OLMOE = decoder_family(
     to_model=_to_model,
     to_hf=_to_hf,
     reads=("attention_bias", "clip_qkv", "norm_topk_prob", *MIXTURE_READS),
-    harmless=ALL_FULL | ROUTER_LOSS,
+    harmless={**ALL_FULL, **ROUTER_LOSS},
 )

@@ -68,13 +68,15 @@ def assign_files(sizes: Mapping[str, int], max_shard_size: int) -> dict[str, str
 
 
 def write_json(file: Path, value: Mapping[str, Any], *, text: str | None = None) -> None:
-    """``text`` with the values changed that are not as in ``value``; a form of our own without text."""
-    if text is None:
+    """``text`` with the values changed that are not as in ``value``.
+
+    A form of our own without text, and where ``value`` lacks some of it: a model of another family has other fields.
+    """
+    before = None if text is None else json.loads(text)
+    if text is None or before.keys() - value.keys():
         file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return
-    said = json.loads(text)
-    changed = {name: new for name, new in value.items() if name not in said or said[name] != new}
-    assert not said.keys() - value.keys(), "nothing is taken out of a file"
+    changed = {name: new for name, new in value.items() if name not in before or before[name] != new}
     file.write_text(with_values(text, changed), encoding="utf-8")
 
 
