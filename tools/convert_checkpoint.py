@@ -203,6 +203,8 @@ def _export(args: argparse.Namespace) -> None:
     report = export_checkpoint(
         args.load, args.hf, options, tokenizer=args.tokenizer, with_tokenizer=not args.no_tokenizer
     )
+    for note in report.notes:
+        print(note)
     tokenizer = "with its tokenizer" if report.has_tokenizer else "without a tokenizer (give one with --tokenizer)"
     print(
         f"{report.architecture} exported to {report.folder} ({_name(report.dtype)}, {report.num_bytes:,} bytes "

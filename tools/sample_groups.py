@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from megatron_groupdpo.config import (
     given_fields,
     validate_machine,
 )
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.convert.hf.tokenizers import options_for, where_it_is_now
+from megatron_groupdpo.data.text.identity import describe, differences, options_of
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.entry import run_entry
 from megatron_groupdpo.errors import ConfigError, DataError, UserError
 from megatron_groupdpo.online.problems import read_problems
@@ -98,16 +102,7 @@ def main() -> None:
 
     ranks = initialize(parallel, seed=args.seed)
     folder = find_checkpoint(Path(args.load))
-    made_with = read_common(folder)["config"]["tokenizer"]
-    tokenizer = load_tokenizer(
-        TokenizerOptions(
-            kind=made_with["kind"],
-            model=args.tokenizer_model or made_with["model"],
-            chat_template=made_with["chat_template"],
-        )
-    )
-    if tokenizer.digest != made_with["digest"]:
-        raise DataError(f"{args.load} was trained with another tokenizer than {args.tokenizer_model}; give its own")
+    tokenizer = find_tokenizer(args, read_common(folder)["config"].get("tokenizer"), folder)
     policy = load_policy(folder, parallel, precision, ranks)
     mine = problems[ranks.dp_group.rank() :: ranks.dp_group.size()]
     bar = tqdm(
@@ -140,6 +135,27 @@ def main() -> None:
         write(Path(args.output), everything)
     dist.barrier()
     shut_down()
+
+
+def find_tokenizer(args: argparse.Namespace, made_with: dict[str, Any] | None, folder: Path) -> Tokenizer:
+    """The checkpoint's tokenizer, from where it was or is now.
+
+    Raises:
+        DataError: it is not there, or the given one is another.
+    """
+    if made_with is None and args.tokenizer_model is None:
+        raise DataError(f"{args.load} names no tokenizer; give the model's own with --tokenizer-model")
+    if args.tokenizer_model is None:
+        assert made_with is not None
+        options = options_of(where_it_is_now(made_with, folder))
+    else:
+        template = None if made_with is None else made_with["chat_template"]
+        options = replace(options_for(args.tokenizer_model), chat_template=template)
+    tokenizer = load_tokenizer(options)
+    differ = [] if made_with is None else differences(describe(tokenizer, options), made_with)
+    if differ:
+        raise DataError(f"{args.load} was trained with another tokenizer than {options.model} ({'; '.join(differ)})")
+    return tokenizer
 
 
 def write(path: Path, groups: list[dict[str, Any]]) -> None:

@@ -135,7 +135,8 @@ def main() -> None:
     from megatron_groupdpo.reference.score import score_store
 
     ranks = initialize(parallel, seed=0)
-    policy = load_any_policy(args.load, parallel, precision, ranks)
+    made_with = [store.meta["tokenizer"] for store in stores]
+    policy = load_any_policy(args.load, parallel, precision, ranks, tokenizers_of_data=made_with)
     plan = plan_options(parallel, precision=precision, data_parallel_size=ranks.dp_group.size(), **sizes)
     for store in stores:
         progress = Progress(store, quiet=not ranks.is_logger)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ class ExportReport:
     num_files: int
     num_bytes: int
     has_tokenizer: bool
+    notes: tuple[str, ...] = ()
+    """What people should know of it."""
 
 
 def parse_size(text: str) -> int:
@@ -115,13 +118,15 @@ def export_checkpoint(
     own: ModelTokenizer | None = None
     if with_tokenizer and tokenizer is not None:
         own = tokenizers.load_checked(tokenizers.options_for(tokenizer), model)
+        tokenizers.check_given(own, common["config"].get("tokenizer"), str(folder))
     elif with_tokenizer:
         own = tokenizers.of_checkpoint(common["config"].get("tokenizer"), folder, model)
     plan = conversion_plan(form.family, model)
     dtypes = _dtypes(options, kept, weights_dtype(folder))
     whole = checkpoint_tensors(folder, plan)
+    ends = (common["config"].get("tokenizer") or {}).get("response_ends", ())
     with new_folder(output, overwrite=options.overwrite, marker=CONFIG, source=checkpoint) as partial:
-        return _write_folder(partial, output, form, plan, whole, dtypes, options.max_shard_size, own)
+        return _write_folder(partial, output, form, plan, whole, dtypes, options.max_shard_size, own, ends)
 
 
 def export_hf(
@@ -132,6 +137,7 @@ def export_hf(
     tokenizer: ModelTokenizer | None,
     kept: Mapping[str, Any] | None = None,
     source: Path | None = None,
+    response_ends: Sequence[int] = (),
 ) -> ExportReport:
     """Write a policy, on whatever layout, with its tokenizer, as a Hugging Face folder.
 
@@ -145,6 +151,7 @@ def export_hf(
         kept: what an imported checkpoint says of its origin; its config.json is written again where it still
             describes the model.
         source: a folder that must not be replaced by the output.
+        response_ends: tokens that the trained responses end with; generation must stop at them.
 
     Raises:
         ConfigError: no known family is this model.
@@ -159,7 +166,9 @@ def export_hf(
         rules: dict[str, Any] = {"overwrite": options.overwrite, "marker": CONFIG, "source": source}
         try:
             with new_folder(output, **rules) as partial:
-                return _write_folder(partial, output, form, plan, whole, dtypes, options.max_shard_size, tokenizer)
+                return _write_folder(
+                    partial, output, form, plan, whole, dtypes, options.max_shard_size, tokenizer, response_ends
+                )
         finally:
             exhaust(whole)  # after an error too: the other ranks send all they have
 
@@ -197,16 +206,19 @@ def _write_folder(
     dtypes: Dtypes,
     max_shard_size: int,
     tokenizer: ModelTokenizer | None,
+    response_ends: Sequence[int],
 ) -> ExportReport:
     """Everything of an export, into ``folder``, which will be ``output``."""
     ids = _token_ids(None if tokenizer is None else tokenizer.tokenizer)
     config = form.config if form.kept is not None else {**form.config, **ids}
     write_json(folder / CONFIG, _with_dtype(config, dtypes, form.kept), text=form.texts.get(CONFIG))
-    if form.generation_config is not None:
+    generation = form.generation_config
+    if generation is None and form.kept is None:
+        generation = {"_from_model_config": True, **ids}
+    generation, notes = _that_stops(generation, config, response_ends)
+    if generation is not None:
         text = form.texts.get(GENERATION_CONFIG)
-        write_json(folder / GENERATION_CONFIG, form.generation_config, text=text)
-    elif form.kept is None:
-        write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+        write_json(folder / GENERATION_CONFIG, generation, text=text)
     if tokenizer is not None:
         tokenizer.write(folder)
     shapes = {name: shape for pair in plan.values() for name, shape in pair.hf.items()}
@@ -233,7 +245,37 @@ def _write_folder(
         num_files=num_files,
         num_bytes=num_bytes,
         has_tokenizer=tokenizer is not None,
+        notes=notes,
     )
+
+
+def _that_stops(
+    generation: Mapping[str, Any] | None, config: Mapping[str, Any], response_ends: Sequence[int]
+) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """generation_config.json with the tokens among its stop ids that the trained responses end with; what was added."""
+    read = config if generation is None else generation
+    stops = _as_list(read.get("eos_token_id"))
+    missing = [token for token in response_ends if token not in stops]
+    if not missing:
+        return generation, ()
+    if generation is None:  # transformers would take these from config.json, which stays as it is
+        names = ("bos_token_id", "pad_token_id")
+        generation = {name: config[name] for name in names if config.get(name) is not None}
+    elif not stops:  # without them here, transformers' generate has none
+        stops = _as_list(config.get("eos_token_id"))
+    together = list(dict.fromkeys([*stops, *missing]))
+    note = (
+        f"{GENERATION_CONFIG}: eos_token_id {stops or 'none'} and the trained responses end with {missing}; all are "
+        "stop ids now"
+    )
+    new = together if len(together) > 1 else together[0]
+    # transformers makes the file anew from config.json where it says that it came from there
+    own = {"_from_model_config": False} if "_from_model_config" in generation else {}
+    return {**generation, "eos_token_id": new, **own}, (note,)
+
+
+def _as_list(ids: Any) -> list[int]:
+    return [] if ids is None else list(ids) if isinstance(ids, list) else [ids]
 
 
 def choose_form(model: ModelConfig, options: ExportOptions, kept: Mapping[str, Any] | None) -> Form:
@@ -252,7 +294,7 @@ def choose_form(model: ModelConfig, options: ExportOptions, kept: Mapping[str, A
         before = model_identity(model_of_config(family, kept["config"]))
         now = model_identity(model)
         if all(before[name] == now[name] for name in now if name not in NOT_THE_WEIGHTS):
-            config = dict(kept["config"])
+            config = _as_written(family, kept, texts)
             return Form(family=family, config=config, kept=kept, generation_config=generation, texts=texts)
     if options.family is not None:
         family = family_named(options.family)
@@ -261,6 +303,13 @@ def choose_form(model: ModelConfig, options: ExportOptions, kept: Mapping[str, A
         family, config = family_for_export(model)
     header = {"architectures": [family.architecture], "model_type": family.model_type}
     return Form(family=family, config=header | config, kept=None, generation_config=generation, texts=texts)
+
+
+def _as_written(family: Family, kept: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
+    """config.json as the source had it; of a wrapper, the part that was kept, which has no file of its own."""
+    written = json.loads(texts[CONFIG]) if CONFIG in texts else {}
+    is_inner = family.wrapper is not None and family.wrapper in (written.get("architectures") or ())
+    return dict(kept["config"]) if is_inner or not written else written
 
 
 def _dtypes(options: ExportOptions, kept: Mapping[str, Any] | None, own: torch.dtype) -> Dtypes:

@@ -16,8 +16,10 @@ from megatron_groupdpo.convert.folders import check_target, new_folder_of_all_ra
 from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.folder import CONFIG, GENERATION_CONFIG
 from megatron_groupdpo.convert.hf.model import HfModel, open_hf_model
+from megatron_groupdpo.convert.hf.side_files import check_generation_config
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.weights.loading import fill_on_all_ranks, with_vocabulary_padding
+from megatron_groupdpo.data.text.identity import describe
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError
 from megatron_groupdpo.mcore.checkpoint.folders import TRACKER, Progress
@@ -116,7 +118,9 @@ def prepare_import(
     if not options.with_tokenizer:
         return source, model, None
     if options.tokenizer is not None:
-        return source, model, tokenizers.load_checked(tokenizers.options_for(options.tokenizer), model)
+        given = tokenizers.load_checked(tokenizers.options_for(options.tokenizer), model)
+        tokenizers.check_given(given, tokenizers.of_folder(folder), str(folder))
+        return source, model, given
     if not tokenizers.has_tokenizer(folder):
         return source, model, None
     return source, model, tokenizers.load_checked(tokenizers.options_for(str(folder.resolve())), model)
@@ -131,7 +135,7 @@ def _keep_tokenizer(tokenizer: ModelTokenizer | None, partial: Path, output: Pat
     # Described as it will be read: a SentencePiece model saved in this form has another digest.
     saved = tokenizers.load_tokenizer(TokenizerOptions(kind="HuggingFaceTokenizer", model=str(kept.resolve())))
     final = output.resolve() / tokenizers.FOLDER
-    return tokenizers.describe(saved, TokenizerOptions(kind="HuggingFaceTokenizer", model=str(final)))
+    return describe(saved, TokenizerOptions(kind="HuggingFaceTokenizer", model=str(final)))
 
 
 def kept_of(source: HfModel, dtype: str = "keep") -> dict[str, Any]:
@@ -139,6 +143,7 @@ def kept_of(source: HfModel, dtype: str = "keep") -> dict[str, Any]:
 
     Raises:
         CheckpointError: generation_config.json is not JSON.
+        ConfigError: it has a mistyped field.
     """
     names = {value: name for name, value in DTYPES.items()}
     others: dict[str, str] = {}
@@ -156,4 +161,5 @@ def kept_of(source: HfModel, dtype: str = "keep") -> dict[str, Any]:
             kept["generation_config"] = json.loads(kept["texts"][GENERATION_CONFIG])
         except ValueError as error:
             raise CheckpointError(f"{file} is not JSON ({error}); get it again, or remove it") from None
+        check_generation_config(kept["generation_config"], file)
     return kept

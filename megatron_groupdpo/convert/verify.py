@@ -24,6 +24,7 @@ from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.model import HfModel
 from megatron_groupdpo.convert.weights.loading import check_same_model, fill_on_all_ranks
 from megatron_groupdpo.errors import ConfigError, DataError
+from megatron_groupdpo.mcore.checkpoint.folders import find_checkpoint, read_common
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.processes import errors_reach_all_ranks
@@ -87,11 +88,15 @@ def text_sequences(
 
     Raises:
         DataError: the file or the tokenizer cannot be read, or no line has two tokens.
+        CheckpointError: the given tokenizer is not the model's own.
     """
     if tokenizer is None and not tokenizers.has_tokenizer(source.folder):
         raise DataError(f"{source.folder} has no tokenizer to read {file} with; give one with --tokenizer")
     options = tokenizers.options_for(str(source.folder) if tokenizer is None else tokenizer)
-    loaded = tokenizers.load_checked(options, source.model).tokenizer
+    checked = tokenizers.load_checked(options, source.model)
+    if tokenizer is not None:
+        tokenizers.check_given(checked, tokenizers.of_folder(source.folder), str(source.folder))
+    loaded = checked.tokenizer
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -135,7 +140,7 @@ def verify_on_layout(
         text: token ids to text, for the worst token.
 
     Raises:
-        CheckpointError: the checkpoint is of another model, or broken.
+        CheckpointError: the checkpoint is of another model or tokenizer, or broken.
     """
     rounded = False
     theirs, limits = None, (TOLERANCE if tolerance is None else tolerance, None)
@@ -148,6 +153,8 @@ def verify_on_layout(
         policy = build_policy(source.model, parallel, precision, ranks, seed=None, training=False)
         fill_on_all_ranks(policy, source)
     else:
+        with errors_reach_all_ranks():
+            _check_tokenizers(source, checkpoint)
         policy = load_policy(checkpoint, parallel, precision, ranks)
         check_same_model(source, policy.model)
         rounded = _round_to(policy, source.dtype)
@@ -161,6 +168,14 @@ def verify_on_layout(
             own = dataclasses.replace(own, weights_rounded_to=str(source.dtype).removeprefix("torch."))
     dist.all_gather_object(answers, own)
     return next(answer for answer in answers if answer is not None)
+
+
+def _check_tokenizers(source: HfModel, checkpoint: Path) -> None:
+    """Refuse a folder whose tokenizer is not the checkpoint's, though the weights may agree."""
+    recorded = read_common(find_checkpoint(checkpoint))["config"].get("tokenizer")
+    own = tokenizers.of_folder(source.folder)
+    if recorded and own is not None:
+        tokenizers.check_same(recorded, own, str(source.folder), remedy="export the checkpoint again")
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from megatron_groupdpo.convert.start_weights import StartWeights, find_weights, 
 from megatron_groupdpo.data.batches.planner import plan_options
 from megatron_groupdpo.data.batches.sampler import BLENDS, GroupSampler, Sampler, build_sampler
 from megatron_groupdpo.data.store.reader import GroupDataset, split_by_prompt
+from megatron_groupdpo.data.text.identity import describe, differences
 from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError
 from megatron_groupdpo.mcore.checkpoint.folders import Progress, find_checkpoint, latest_iteration, read_common
@@ -36,7 +37,8 @@ from megatron_groupdpo.mcore.setup import Ranks
 from megatron_groupdpo.reference.store import ReferenceLogProbs
 from megatron_groupdpo.reference.swapped import SwappedReference, swapped_reference
 from megatron_groupdpo.run.batches import BatchSource
-from megatron_groupdpo.run.checks import check_groups, check_outputs, check_source
+from megatron_groupdpo.run.checks import check_groups, check_order, check_outputs
+from megatron_groupdpo.run.exports import response_ends
 from megatron_groupdpo.run.logs.flops import attention_cost
 from megatron_groupdpo.run.parts import Run
 from megatron_groupdpo.run.proofs.reference import probe_reference
@@ -54,12 +56,10 @@ def build_run(config: TrainConfig, ranks: Ranks) -> Run:
     train_data, valid_data = _open_data(config)
     if not (config.objective.one_sided_nll and config.objective.nll_coeff):
         check_groups(train_data, config.objective.objective)
-    tokenizer = _tokenizer(config, train_data)
+    tokenizer = _tokenizer(config, train_data, source, ranks)
     order = data_order(config, train_data, source if resumes else None)
-    if source is not None:
-        if source.hf is None:
-            check_source(source.folder, tokenizer, order if resumes else None)
-        source.check_tokenizer(tokenizer)
+    if source is not None and source.hf is None and resumes:
+        check_order(source.folder, order)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, train_data.vocab_size))
     loss = loss_options(config)
     policy = build_policy(
@@ -142,11 +142,11 @@ def _open_data(config: TrainConfig) -> tuple[GroupDataset, GroupDataset | None]:
                 f"{data.seq_length}; raise --seq-length or run tools/preprocess_data.py with it"
             )
     if valid_data is not None:
-        ours, theirs = (d.stores[0].meta["tokenizer"]["digest"][:16] for d in (valid_data, train_data))
-        if ours != theirs:
+        ours, theirs = (d.stores[0].meta["tokenizer"] for d in (valid_data, train_data))
+        if differ := differences(ours, theirs, with_template=True):
             raise DataError(
-                f"{', '.join(data.valid_data_path)}: tokenizer digest {ours} is not {theirs} as in training; "
-                "use one tokenizer"
+                f"{', '.join(data.valid_data_path)}: made with another tokenizer, {ours['model']}, than the training "
+                f"data, {theirs['model']} ({'; '.join(differ)}); use one tokenizer"
             )
     return train_data, valid_data
 
@@ -154,15 +154,23 @@ def _open_data(config: TrainConfig) -> tuple[GroupDataset, GroupDataset | None]:
 _NEED_A_CHECKPOINT = ("exit_on_missing_checkpoint", "finetune", "no_load_optim")
 
 
-def _tokenizer(config: TrainConfig, data: GroupDataset) -> dict[str, Any]:
-    """The tokenizer of the stores; where the flags name one, it must be that."""
+def _tokenizer(config: TrainConfig, data: GroupDataset, source: StartWeights | None, ranks: Ranks) -> dict[str, Any]:
+    """The tokenizer of the run: that of the stores, which must be the weights' own and the one that flags name."""
     made_with = dict(data.stores[0].meta["tokenizer"])
     kind, model = config.data.tokenizer_type, config.data.tokenizer_model
-    if model is None:
-        return made_with
-    named = TokenizerOptions(kind=kind or made_with["kind"], model=model, chat_template=made_with["chat_template"])
-    data.stores[0].load_tokenizer(named)
-    return made_with | {"kind": named.kind, "model": model}
+    if model is not None:
+        named = TokenizerOptions(kind=kind or made_with["kind"], model=model, chat_template=made_with["chat_template"])
+        made_with = describe(data.stores[0].load_tokenizer(named), named)
+    start = None if source is None else source.own_tokenizer()
+    untold = [] if source is None or start is not None else [source]
+    if config.objective.reference == "resident" and config.checkpoint.pretrained_checkpoint is not None:
+        reference = find_weights(config.checkpoint.pretrained_checkpoint)
+        if (source is None or reference.folder != source.folder) and not reference.check_tokenizers([made_with]):
+            untold.append(reference)
+    for weights in untold if ranks.is_logger else []:
+        print(f"tokenizer   {weights} has none; the data's, {made_with['model']}, is taken to be its own", flush=True)
+    chosen = made_with if source is None else source.tokenizer_with(made_with, start)
+    return {**chosen, "response_ends": response_ends(data, chosen)}
 
 
 def data_order(config: TrainConfig, data: GroupDataset, resumed: StartWeights | None) -> dict[str, Any]:

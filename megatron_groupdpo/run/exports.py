@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from megatron_groupdpo.convert.exporting import ExportOptions, choose_form, export_hf
 from megatron_groupdpo.convert.folders import check_target
 from megatron_groupdpo.convert.hf import tokenizers
 from megatron_groupdpo.convert.hf.folder import CONFIG
 from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
+from megatron_groupdpo.data.store.reader import GroupDataset
+from megatron_groupdpo.data.text.identity import options_of
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.errors import CheckpointError, DataError, UserError
 from megatron_groupdpo.processes import errors_reach_all_ranks
 from megatron_groupdpo.run.parts import Run
+
+_GROUPS_LOOKED_AT = 256
+"""For the tokens that end responses."""
 
 
 class Exports:
@@ -38,6 +48,12 @@ class Exports:
             resumes = run.progress.iteration > 0
             check_target(self._folder, overwrite=resumes, marker=CONFIG, source=run.weights_from)
             self._tokenizer = _tokenizer(run)
+        if not run.tokenizer.get("response_ends", True) and run.ranks.is_logger:
+            print(
+                f"warning     no token ends the data's responses, and the exported model stops at "
+                f"{run.tokenizer['eos_id']}, which it is not trained to write",
+                flush=True,
+            )
 
     def at(self, iteration: int) -> None:
         """Export if the interval says so; a collective call."""
@@ -70,6 +86,7 @@ class Exports:
                 tokenizer=self._tokenizer,
                 kept=run.origin,
                 source=run.weights_from,
+                response_ends=run.tokenizer.get("response_ends", ()),
             )
         except (UserError, OSError) as error:
             self._failed.append(str(error))
@@ -77,18 +94,34 @@ class Exports:
                 print(f"warning     the export to {target} failed: {error}", flush=True)
             return
         if run.ranks.is_logger:
+            for note in report.notes:
+                print(f"export      {note}", flush=True)
             seconds = time.perf_counter() - started
             print(f"exported {target} ({report.num_bytes:,} bytes) in {seconds:.1f} s", flush=True)
 
 
-def _tokenizer(run: Run) -> ModelTokenizer:
-    """The data's tokenizer, which the exported model goes with."""
-    recorded = run.tokenizer
-    options = TokenizerOptions(kind=recorded["kind"], model=recorded["model"], chat_template=recorded["chat_template"])
+def response_ends(data: GroupDataset, tokenizer: Mapping[str, Any]) -> list[int]:
+    """The control tokens that trained responses end with, found in a sample of the groups.
+
+    Responses that were cut end anywhere, so a token counts if it is a control token, or (where the tokenizer has gone)
+    if half of the responses end with it.
+    """
+    groups = np.unique(np.linspace(0, len(data) - 1, min(len(data), _GROUPS_LOOKED_AT)).astype(int))
+    ends = Counter(int(tokens[-1]) for group in groups for tokens in data[int(group)].response_tokens)
     try:
-        return tokenizers.load_checked(options, run.policy.model)
+        loaded = load_tokenizer(options_of(tokenizer))
+    except UserError:
+        return sorted(token for token, count in ends.items() if 2 * count >= ends.total())
+    special = loaded.special_ids | {loaded.eos_id}
+    return sorted(token for token, count in ends.items() if token in special and 100 * count >= ends.total())
+
+
+def _tokenizer(run: Run) -> ModelTokenizer:
+    """The model's own tokenizer, or the data's where it has none."""
+    try:
+        return tokenizers.load_checked(options_of(run.tokenizer), run.policy.model)
     except DataError as error:
         raise CheckpointError(
-            f"export_hf writes the data's tokenizer beside the model, and it cannot be used: {error}; say where it is "
-            "now with --tokenizer-model"
+            f"export_hf writes the tokenizer beside the model, and it cannot be used: {error}; say where it is now "
+            "with --tokenizer-model"
         ) from None

@@ -21,9 +21,9 @@ import tiny_run
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import megatron_groupdpo
+from megatron_groupdpo import errors
 
-PACKAGE = str(Path(megatron_groupdpo.__file__).parent)
+PACKAGE = str(Path(errors.__file__).parent)
 TEXT = "zebra 4711 quagga"
 """No other text holds it, and its ids are those of no other."""
 NUM_GROUPS = 3
@@ -138,8 +138,9 @@ def follow(folder: Path) -> tuple[list[str], list[str]]:
     from megatron_groupdpo.config import load_config, validate
     from megatron_groupdpo.data.preprocess.pipeline import preprocess
     from megatron_groupdpo.data.preprocess.prepare import PreprocessOptions
+    from megatron_groupdpo.data.store.reader import TokenStore
     from megatron_groupdpo.data.text.tokenize import TokenizeOptions
-    from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+    from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
     from megatron_groupdpo.mcore.setup import initialize, shut_down
     from megatron_groupdpo.run.build import build_run
     from megatron_groupdpo.run.loop import train
@@ -148,10 +149,12 @@ def follow(folder: Path) -> tuple[list[str], list[str]]:
     _write_groups(groups)
     tiny_run.train_tokenizer(tokenizer)
     options = TokenizerOptions(kind="SentencePieceTokenizer", model=str(tokenizer))
-    trip = Trip(load_tokenizer(options).encode(TEXT))
+    # Where the schema is found out, every schema has a look.
+    prepared = PreprocessOptions(tokenizer=options, tokenize=TokenizeOptions(seq_length=64), schema="canonical")
+    preprocess([str(groups)], folder / "before", prepared)
+    ids = TokenStore.open(folder / "before")[0].response_tokens[0][:-1]  # without the end token, which comes late
+    trip = Trip(ids.tolist())
     with trip:
-        # Where the schema is found out, every schema has a look.
-        prepared = PreprocessOptions(tokenizer=options, tokenize=TokenizeOptions(seq_length=64), schema="canonical")
         preprocess([str(groups)], store, prepared)
     tiny_run.write_reference(store, reference)
     config_file = tiny_run.write_config(

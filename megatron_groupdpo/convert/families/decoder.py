@@ -53,10 +53,21 @@ ROTARY_BUFFERS = (r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 TIED_HEAD = {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def decoder_family(*, rules: Mapping[str, Rule] = RULES, **own: Any) -> Family:
-    """A :class:`Family` whose files are laid out as Llama's; ``own`` are its other fields."""
-    return Family(rules=rules, prefix="model.", ignorable=ROTARY_BUFFERS, tied_copies=TIED_HEAD, **own)
+READS = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings", "rms_norm_eps", "rope_parameters", "rope_theta", "rope_scaling",
+)  # fmt: skip
+"""Fields of config.json that :func:`decoder_fields` reads, the last three in their place of transformers 5 or 4."""
 
+
+def decoder_family(*, rules: Mapping[str, Rule] = RULES, reads: tuple[str, ...] = (), **own: Any) -> Family:
+    """A :class:`Family` whose files are laid out as Llama's; ``own`` are its other fields."""
+    reads = (*READS, "hidden_act", *reads)
+    return Family(rules=rules, reads=reads, prefix="model.", ignorable=ROTARY_BUFFERS, tied_copies=TIED_HEAD, **own)
+
+
+ALL_FULL: Mapping[str, str] = {"layer_types": "full attention in every layer, which is checked"}
+"""Of a family that does not read the field."""
 
 WINDOW = ("window_size", "window_attn_skip_freq")
 """Fields of ModelConfig that :func:`window_config` writes."""

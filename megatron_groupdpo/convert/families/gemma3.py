@@ -10,6 +10,7 @@ from megatron_groupdpo.convert.families.decoder import (
     LAYER,
     POST_NORMS,
     QK_NORMS,
+    READS,
     ROTARY_BUFFERS,
     RULES,
     WINDOW,
@@ -90,5 +91,14 @@ GEMMA3 = Family(
         ("model.", "model.language_model."),
         ("lm_head.", "language_model.lm_head."),
     ),
-    reads=("sliding_window", "layer_types"),
+    reads=(
+        *READS,
+        *("hidden_activation", "attention_bias", "use_bidirectional_attention", "query_pre_attn_scalar"),
+        *("sliding_window", "layer_types", "_sliding_window_pattern", "sliding_window_pattern", "rope_local_base_freq"),
+    ),
+    wrapper_reads=("text_config", "vision_config"),
+    harmless=dict.fromkeys(
+        ("boi_token_index", "eoi_token_index", "image_token_index", "mm_tokens_per_image"), "of images"
+    )
+    | {"hidden_act": "transformers reads hidden_activation"},
 )

@@ -22,6 +22,10 @@ _ACTIVATIONS = {
 }
 """The first name of each is the one written on export."""
 
+_SUMMARY = (
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+)  # fmt: skip
+
 _RULES = {
     "embedding.word_embeddings.weight": rule("transformer.wte.weight"),
     "embedding.position_embeddings.weight": rule("transformer.wpe.weight"),
@@ -105,6 +109,18 @@ GPT2 = Family(
     rules=_RULES,
     to_model=_to_model,
     to_hf=_to_hf,
+    reads=(
+        *("n_layer", "n_embd", "n_inner", "n_head", "n_positions", "layer_norm_epsilon", "activation_function"),
+        *("scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"),
+        # what transformers reads as the first names
+        *("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings"),
+    ),
+    harmless={
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), "training runs without dropout"),
+        **dict.fromkeys(_SUMMARY, "of a classifier on the model"),
+        "reorder_and_upcast_attn": "the same product, rounded otherwise in half precision",
+        "n_ctx": "an older name of n_positions beside it",
+    },
     prefix="transformer.",
     ignorable=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
     tied_copies={"lm_head.weight": "transformer.wte.weight"},

@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import HfConfig
-from megatron_groupdpo.convert.families.decoder import decoder_config, decoder_family, decoder_fields
+from megatron_groupdpo.convert.families.decoder import ALL_FULL, decoder_config, decoder_family, decoder_fields
 from megatron_groupdpo.errors import ConfigError
 
 
@@ -34,4 +34,6 @@ LLAMA = decoder_family(
     model_type="llama",
     to_model=_to_model,
     to_hf=_to_hf,
+    reads=("attention_bias", "mlp_bias"),
+    harmless={**ALL_FULL, "pretraining_tp": "the same products, in slices"},
 )

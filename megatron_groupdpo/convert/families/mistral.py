@@ -7,6 +7,7 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import HfConfig
 from megatron_groupdpo.convert.families.decoder import (
+    ALL_FULL,
     decoder_config,
     decoder_family,
     decoder_fields,
@@ -30,4 +31,5 @@ MISTRAL = decoder_family(
     to_model=_to_model,
     to_hf=_to_hf,
     reads=("sliding_window",),
+    harmless=ALL_FULL,
 )

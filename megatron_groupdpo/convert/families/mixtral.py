@@ -7,6 +7,7 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import HfConfig, require
 from megatron_groupdpo.convert.families.decoder import (
+    ALL_FULL,
     RULES,
     decoder_config,
     decoder_family,
@@ -16,6 +17,8 @@ from megatron_groupdpo.convert.families.decoder import (
 )
 from megatron_groupdpo.convert.families.mixture import (
     EXPERTS,
+    MIXTURE_READS,
+    ROUTER_LOSS,
     expert_rules,
     joined_experts,
     mixture_config,
@@ -51,5 +54,6 @@ MIXTRAL = decoder_family(
     renamed=((f".{_BLOCK}.gate.", ".mlp.gate."),),
     to_model=_to_model,
     to_hf=_to_hf,
-    reads=("sliding_window",),
+    reads=("sliding_window", "router_jitter_noise", *MIXTURE_READS),
+    harmless=ALL_FULL | ROUTER_LOSS,
 )

@@ -13,6 +13,11 @@ from megatron_groupdpo.errors import ConfigError
 
 EXPERTS = ("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk")
 """Fields of ModelConfig that :func:`mixture_config` writes."""
+MIXTURE_READS = ("num_experts", "num_local_experts", "num_experts_per_tok")
+"""Fields of config.json that :func:`mixture_fields` reads in every family."""
+ROUTER_LOSS: Mapping[str, str] = dict.fromkeys(
+    ("router_aux_loss_coef", "output_router_logits"), "the balancing loss is not computed, as it is not in evaluation"
+)
 LLAMA_PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 """An expert's projections where they have the names of Llama's MLP."""
 

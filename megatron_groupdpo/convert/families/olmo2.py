@@ -7,6 +7,7 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import HfConfig, require
 from megatron_groupdpo.convert.families.decoder import (
+    ALL_FULL,
     POST_NORMS,
     QK_NORMS,
     RULES,
@@ -34,4 +35,6 @@ OLMO2 = decoder_family(
     rules={**RULES, **QK_NORMS, **POST_NORMS},
     to_model=_to_model,
     to_hf=_to_hf,
+    reads=("attention_bias",),
+    harmless=ALL_FULL,
 )

@@ -38,5 +38,5 @@ OLMO3 = decoder_family(
     rules={**RULES, **QK_NORMS, **POST_NORMS},
     to_model=_to_model,
     to_hf=_to_hf,
-    reads=("sliding_window", "layer_types"),
+    reads=("attention_bias", "sliding_window", "layer_types"),
 )

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import HfConfig, require
 from megatron_groupdpo.convert.families.decoder import (
+    ALL_FULL,
     QK_NORMS,
     RULES,
     decoder_config,
@@ -16,6 +17,8 @@ from megatron_groupdpo.convert.families.decoder import (
 from megatron_groupdpo.convert.families.mixture import (
     EXPERTS,
     LLAMA_PARTS,
+    MIXTURE_READS,
+    ROUTER_LOSS,
     expert_rules,
     joined_experts,
     mixture_config,
@@ -57,4 +60,6 @@ OLMOE = decoder_family(
     joined=joined_experts("mlp", **LLAMA_PARTS),
     to_model=_to_model,
     to_hf=_to_hf,
+    reads=("attention_bias", "clip_qkv", "norm_topk_prob", *MIXTURE_READS),
+    harmless=ALL_FULL | ROUTER_LOSS,
 )

@@ -31,5 +31,5 @@ QWEN2 = decoder_family(
     model_type="qwen2",
     to_model=_to_model,
     to_hf=_to_hf,
-    reads=("sliding_window", "layer_types"),
+    reads=("sliding_window", "layer_types", "use_sliding_window", "max_window_layers"),
 )

@@ -35,5 +35,5 @@ QWEN3 = decoder_family(
     rules={**RULES, **QK_NORMS},
     to_model=_to_model,
     to_hf=_to_hf,
-    reads=("sliding_window", "layer_types"),
+    reads=("attention_bias", "sliding_window", "layer_types", "use_sliding_window", "max_window_layers"),
 )

@@ -7,6 +7,7 @@ from typing import Any
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families.base import HfConfig, require
 from megatron_groupdpo.convert.families.decoder import (
+    ALL_FULL,
     QK_NORMS,
     RULES,
     decoder_config,
@@ -18,6 +19,8 @@ from megatron_groupdpo.convert.families.decoder import (
 from megatron_groupdpo.convert.families.mixture import (
     EXPERTS,
     LLAMA_PARTS,
+    MIXTURE_READS,
+    ROUTER_LOSS,
     expert_rules,
     joined_experts,
     mixture_config,
@@ -68,5 +71,9 @@ QWEN3_MOE = decoder_family(
     joined=joined_experts("mlp", **LLAMA_PARTS),
     to_model=_to_model,
     to_hf=_to_hf,
-    reads=("sliding_window",),
+    reads=(
+        *("attention_bias", "sliding_window", "use_sliding_window", "moe_intermediate_size", "norm_topk_prob"),
+        *("decoder_sparse_step", "mlp_only_layers", *MIXTURE_READS),
+    ),
+    harmless=ALL_FULL | ROUTER_LOSS | {"max_window_layers": "Qwen3-MoE has one window in all layers"},
 )

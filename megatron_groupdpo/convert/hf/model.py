@@ -6,6 +6,7 @@ model is built or a file written.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterable
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from megatron_groupdpo.config import ModelConfig
 from megatron_groupdpo.convert.families import Family, HfConfig, family_of_config
-from megatron_groupdpo.convert.families.base import require
+from megatron_groupdpo.convert.families.base import check_fields, check_wrapper_fields
 from megatron_groupdpo.convert.hf.files import HfWeights, refuse_gguf
 from megatron_groupdpo.convert.hf.folder import CONFIG
 from megatron_groupdpo.convert.tensors.plan import Key, Pair, conversion_plan
@@ -28,15 +29,6 @@ _SHOWN = 3
 """Tensors named in one message."""
 _ROWS_AT_ONCE = 4096
 """Of two tensors that are compared."""
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "quantization_config": (None,),
-    "sliding_window": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-}
-"""Fields of any family that would change the model, and the values under which they do not."""
-
 
 _OUTER = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "quantization_config")
 """Fields that a wrapper's configuration may hold for the model inside."""
@@ -130,6 +122,8 @@ def config_of_folder(folder: Path) -> tuple[Family, dict[str, Any], ModelConfig]
     config = _read_config(folder)
     try:
         family = family_of_config(config)
+        if family.wrapper in (config.get("architectures") or ()):
+            check_wrapper_fields(family, config)
         config = text_part(family, config)
         return family, config, model_of_config(family, config)
     except ConfigError as error:
@@ -140,13 +134,13 @@ def model_of_config(family: Family, config: HfConfig) -> ModelConfig:
     """The model section of a config.json of the family; ConfigError names what cannot be converted."""
     from transformers import CONFIG_MAPPING
 
-    for name, values in _NEUTRAL.items():
-        if name not in family.reads:
-            require(config, name, *values)
+    check_fields(family, config)
     if "layer_types" not in family.reads and set(config.get("layer_types") or ()) - {"full_attention"}:
         raise ConfigError(f"layer_types is {config['layer_types']!r}; only 'full_attention' can be converted")
     try:
-        complete = CONFIG_MAPPING[family.model_type].from_dict(dict(config)).to_dict()
+        complete = (
+            CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(dict(config))).to_dict()
+        )  # which writes into it
     except Exception as error:  # transformers validates with errors of several libraries
         reason = " ".join(str(error).split())
         raise ConfigError(f"transformers refuses it as a {family.model_type} configuration ({reason})") from None

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_groupdpo.convert.hf.folder import INDEX, WEIGHTS
+from megatron_groupdpo.convert.hf.json_text import with_values
 
 
 def write_shards(
@@ -67,10 +68,14 @@ def assign_files(sizes: Mapping[str, int], max_shard_size: int) -> dict[str, str
 
 
 def write_json(file: Path, value: Mapping[str, Any], *, text: str | None = None) -> None:
-    """``text`` where it says the same as ``value``, else a form of our own."""
-    if text is None or json.loads(text) != value:
-        text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    file.write_text(text, encoding="utf-8")
+    """``text`` with the values changed that are not as in ``value``; a form of our own without text."""
+    if text is None:
+        file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return
+    said = json.loads(text)
+    changed = {name: new for name, new in value.items() if name not in said or said[name] != new}
+    assert not said.keys() - value.keys(), "nothing is taken out of a file"
+    file.write_text(with_values(text, changed), encoding="utf-8")
 
 
 def _save(tensors: dict[str, Tensor], file: Path) -> None:

@@ -39,8 +39,10 @@ from megatron_groupdpo.data.preprocess.work_folder import Journal, begun_at, sta
 from megatron_groupdpo.data.schemas import Schema, choose_schema
 from megatron_groupdpo.data.store import format as fmt
 from megatron_groupdpo.data.store.writer import StoreIdentity, StoreWriter, Written
+from megatron_groupdpo.data.text.identity import describe
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.data.text.tokenize import RENDERING, asks_for_date
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, canonical_kind, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer
 from megatron_groupdpo.errors import ConfigError, DataError, UserError
 
 NUM_DETECTION_RECORDS = 16
@@ -319,16 +321,14 @@ def _with_date(options: PreprocessOptions, tokenizer: Tokenizer, output: Path) -
 def _identity(options: PreprocessOptions, tokenizer: Tokenizer) -> StoreIdentity:
     weights = options.schema_options.score_weights
     return StoreIdentity(
-        tokenizer={
-            "kind": canonical_kind(options.tokenizer.kind),
-            "model": _absolute(options.tokenizer.model),
-            "chat_template": _absolute(options.tokenizer.chat_template),
-            "digest": tokenizer.digest,
-            "vocab_size": tokenizer.vocab_size,
-            "bos_id": tokenizer.bos_id,
-            "eos_id": tokenizer.eos_id,
-            "pad_id": tokenizer.pad_id,
-        },
+        tokenizer=describe(
+            tokenizer,
+            replace(
+                options.tokenizer,
+                model=str(_absolute(options.tokenizer.model)),
+                chat_template=_absolute(options.tokenizer.chat_template),
+            ),
+        ),
         options={
             "schema": options.schema,
             "score_weights": None if weights is None else dict(weights),

@@ -22,8 +22,9 @@ from megatron_groupdpo.data.preprocess.partition import (
 )
 from megatron_groupdpo.data.schemas import Schema, SchemaOptions, schema_named
 from megatron_groupdpo.data.store.writer import GroupBlock, PreparedGroup, pack_groups
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.data.text.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 from megatron_groupdpo.errors import ConfigError, DataError, StopError
 from megatron_groupdpo.processes import follow_parent
 from megatron_groupdpo.types import POSITIVE, GroupRecord

@@ -24,7 +24,9 @@ import numpy as np
 
 from megatron_groupdpo.data.store import format as fmt
 from megatron_groupdpo.data.store.indexed import IndexedReader
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.identity import describe, differences
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupSample
 
@@ -114,17 +116,17 @@ class TokenStore:
         """The tokenizer the store was made with, from where it was then or from where ``options`` says.
 
         Raises:
-            DataError: it is not there, or it is another tokenizer (their digests differ).
+            DataError: it is not there, or it is another tokenizer.
         """
         made_with = self.meta["tokenizer"]
         if options is None:
             options = TokenizerOptions(**{key: made_with[key] for key in ("kind", "model", "chat_template")})
         tokenizer = load_tokenizer(options)
-        if tokenizer.digest != made_with["digest"]:
+        if differ := differences(describe(tokenizer, options), made_with, with_template=True):
             raise DataError(
                 f"{self.path}: the store was made with the tokenizer {made_with['model']} (digest "
-                f"{made_with['digest'][:16]}), but {options.model} has digest {tokenizer.digest[:16]}; give the "
-                "store's own tokenizer, or run tools/preprocess_data.py with this one"
+                f"{made_with['digest'][:16]}), which {options.model} is not ({'; '.join(differ)}); give the store's "
+                "own tokenizer, or run tools/preprocess_data.py with this one"
             )
         return tokenizer
 
@@ -165,11 +167,11 @@ class GroupDataset:
         for path, store in zip(paths, stores):
             if not len(store):
                 raise DataError(f"{path}: the store has no groups; see the summary of tools/preprocess_data.py")
-            ours, first = store.meta["tokenizer"]["digest"], stores[0].meta["tokenizer"]["digest"]
-            if ours != first:
+            ours, first = store.meta["tokenizer"], stores[0].meta["tokenizer"]
+            if differ := differences(ours, first, with_template=True):
                 raise DataError(
-                    f"{path}: tokenizer digest {ours[:16]} differs from {first[:16]} of {paths[0]}; "
-                    "one run reads stores of one tokenizer"
+                    f"{path}: made with another tokenizer, {ours['model']}, than {paths[0]}, {first['model']} "
+                    f"({'; '.join(differ)}); one run reads stores of one tokenizer"
                 )
         return cls(stores)
 

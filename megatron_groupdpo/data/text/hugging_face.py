@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, override
 
 from tokenizers import Tokenizer as BackendTokenizer
 from tokenizers import pre_tokenizers
 
+from megatron_groupdpo.data.text.sentencepiece_export import save_for_all_readers
 from megatron_groupdpo.data.text.templates import END, NO_INPUTS, START, TemplateInputs, mark, names_pattern, render
 from megatron_groupdpo.data.text.tokenizer import Tokenizer, digest_of, squeezed
 from megatron_groupdpo.errors import DataError
@@ -79,6 +80,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def special_ids(self) -> frozenset[int]:
         added = self._tokenizer.added_tokens_decoder
         return frozenset(i for i, token in added.items() if token.special) | set(self._tokenizer.all_special_ids)
+
+    @property
+    @override
+    def pieces(self) -> Mapping[str, int]:
+        return self._tokenizer.get_vocab()
+
+    @property
+    @override
+    def chat_template(self) -> Any:
+        return self._tokenizer.chat_template
 
     @property
     @override
@@ -238,7 +249,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @override
     def save(self, folder: Path) -> None:
-        self._tokenizer.save_pretrained(str(folder))
+        save_for_all_readers(self._tokenizer, folder)
 
 
 _PROBES = ("How many apples?  é\n", " naïve 1,000.5\t日本 🙂 x=[1]", "a")

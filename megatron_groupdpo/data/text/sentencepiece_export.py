@@ -8,7 +8,8 @@ model's own specification:
     precompiled character map, whitespace rules     normalizers
     user-defined symbols, matched first             Split (isolated), then the model
     unigram / BPE, byte fallback, fused unknowns    Unigram / BPE
-    control symbols are never read from text        ``split_special_tokens``, and cuts inside their names
+    control symbols are never read from text        ``split_special_tokens``, and cuts inside their names; read
+                                                    where there is a chat template, which writes them
 
 Equal ids were found for unigram and BPE, with and without byte fallback, dummy prefix, user-defined symbols,
 and for the identity and nmt_nfkc character maps with extra whitespace removed. Refused: whitespace as suffix,
@@ -18,8 +19,10 @@ the character map would change). Decoding differs in one point: an unknown piece
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -51,7 +54,7 @@ def export_to_hugging_face(model_file: Path, folder: Path, *, add_bos: bool, cha
     symbols = _user_defined_symbols(_read_proto(model_file))
     for probe in [*_PROBES, *(f"a{symbol}b </s>{symbol}</s>{symbol}\n" for symbol in symbols[:32])]:
         expected = processor.encode(probe)
-        got = hugging_face.encode(probe, add_special_tokens=False)
+        got = hugging_face.encode(probe, add_special_tokens=False, split_special_tokens=True)
         if expected != got:
             raise DataError(
                 f"{model_file}: an exported tokenizer must give SentencePiece's own ids, but for {probe!r} "
@@ -59,7 +62,9 @@ def export_to_hugging_face(model_file: Path, folder: Path, *, add_bos: bool, cha
                 "normalization_rule_name='identity', remove_extra_whitespaces=False, byte_fallback=True, "
                 "or use a Hugging Face tokenizer from the start"
             )
-    hugging_face.save_pretrained(str(folder))
+    # A template's own names must be read as the tokens that were trained.
+    hugging_face.split_special_tokens = chat_template is None
+    save_for_all_readers(hugging_face, folder)
 
 
 def build_fast_tokenizer(model_file: Path, *, add_bos: bool) -> PreTrainedTokenizerFast:
@@ -212,3 +217,25 @@ def _bpe(proto, has_symbols: bool) -> models.BPE:
         byte_fallback=spec.byte_fallback,
         ignore_merges=has_symbols,  # an isolated user-defined symbol is one token though no merge makes it
     )
+
+
+_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+"""Names of transformers 5 that are new names of one class."""
+_ONLY_NEW = ("backend", "is_local", "local_files_only")
+"""What transformers 5 notes of how it read the tokenizer; nothing reads it again."""
+
+
+def save_for_all_readers(tokenizer: Any, folder: Path) -> None:
+    """``save_pretrained``, with the names in tokenizer_config.json that AutoTokenizer of transformers 4 and 5 know."""
+    tokenizer.save_pretrained(str(folder))
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    written = config.get("tokenizer_class")
+    config["tokenizer_class"] = _CLASSES.get(written, written)
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, list):  # transformers 4 has a mapping of that name, and this name for a list
+        del config["extra_special_tokens"]
+        config["additional_special_tokens"] = extra
+    for name in _ONLY_NEW:
+        config.pop(name, None)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -27,7 +27,8 @@ from megatron_groupdpo.convert.hf.tokenizers import ModelTokenizer
 from megatron_groupdpo.convert.importing import MODEL_YAML, ImportOptions, import_hf, kept_of
 from megatron_groupdpo.convert.tensors.megatron_names import canonical_name, megatron_tensors
 from megatron_groupdpo.convert.weights.loading import key_of, load_hf_weights, policy_shards
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import ConfigError
 from megatron_groupdpo.mcore.policy import Policy, build_policy, load_policy
 from megatron_groupdpo.mcore.setup import Ranks

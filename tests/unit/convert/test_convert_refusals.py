@@ -25,7 +25,8 @@ from megatron_groupdpo.convert.families import FAMILIES, family_for_export
 from megatron_groupdpo.convert.hf.model import open_hf_model
 from megatron_groupdpo.convert.importing import ImportOptions, import_hf, prepare_import
 from megatron_groupdpo.convert.weights.loading import load_hf_weights
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import CheckpointError, ConfigError, DataError, UserError
 from megatron_groupdpo.mcore.policy import build_policy
 from megatron_groupdpo.mcore.setup import Ranks

@@ -127,7 +127,8 @@ def test_a_tensor_larger_than_the_limit_has_a_file_of_its_own():
 def test_files_that_did_not_change_come_back_byte_for_byte(
     own_copy: Callable[[str], Path], ranks: Ranks, tmp_path: Path, sentencepiece_model: Path
 ):
-    from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+    from megatron_groupdpo.data.text.loading import load_tokenizer
+    from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 
     folder = own_copy("qwen2-tied")
     load_tokenizer(TokenizerOptions(kind="SentencePieceTokenizer", model=str(sentencepiece_model))).save(folder)

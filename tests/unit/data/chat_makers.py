@@ -11,8 +11,9 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from megatron_groupdpo.data.schemas import SchemaOptions, schema_named
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.data.text.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.inspect.texts import TextCheck
 from megatron_groupdpo.data.schemas import SchemaOptions, schema_named
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.loading import load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 from megatron_groupdpo.errors import DataError
 from megatron_groupdpo.types import GroupSample
 

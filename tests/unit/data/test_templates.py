@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.data.text.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.types import GroupRecord, Message, ResponseRecord, Text
 
 # The assistant's content and end token in each style, to be wrapped in transformers' own mark for trained text.

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from megatron_groupdpo.data import counts as why
 from megatron_groupdpo.data.preprocess.prepare import GroupPreparer, PreprocessOptions
 from megatron_groupdpo.data.schemas import schema_named
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.data.text.tokenize import TokenizeOptions
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 from megatron_groupdpo.errors import DataError
 
 USER = {"role": "user", "content": "2 + 3?"}

@@ -11,8 +11,9 @@ import transformers
 from data_makers import STYLES, make_folder
 
 from megatron_groupdpo.data import counts as why
+from megatron_groupdpo.data.text.loading import load_tokenizer
 from megatron_groupdpo.data.text.tokenize import GroupTokenizer, TokenizedGroup, TokenizeOptions
-from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import Tokenizer, TokenizerOptions
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import GroupRecord, Message, ResponseRecord, Text
 

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
+from megatron_groupdpo.data.text.loading import apply_chat_template, load_tokenizer
 from megatron_groupdpo.data.text.sentencepiece_export import build_fast_tokenizer
-from megatron_groupdpo.data.text.tokenizer import TokenizerOptions, apply_chat_template, load_tokenizer
+from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
 from megatron_groupdpo.errors import ConfigError, DataError
 from megatron_groupdpo.types import Message
 

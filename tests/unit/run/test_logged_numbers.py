@@ -94,7 +94,7 @@ def write_out(config: Any, ranks: Ranks) -> tuple[list[Step], dict[int, dict[str
         values = {
             "eval/loss": [float(loss.loss.detach()) for loss in losses],
             "eval/preference_loss": [loss.preference for loss in losses],
-            "eval/nll_loss": [loss.nll for loss in losses],
+            "eval/trained/nll_loss": [loss.nll for loss in losses],
         }
         return {name: sum(w * x for w, x in zip(weight, own)) / sum(weight) for name, own in values.items()}
 

@@ -99,7 +99,7 @@ def test_validation_over_two_stores_is_that_of_one_and_reads_its_reference(
     by_hand: HandLoss = loss_by_hand(hand_model(run.config, one_rank), VALID, VALID_REFS, beta=0.3, nll_coeff=1.0)
     assert found["eval/loss"] == pytest.approx(float(by_hand.loss), rel=1e-6)
     assert found["eval/preference_loss"] == pytest.approx(by_hand.preference, rel=1e-6)
-    assert found["eval/nll_loss"] == pytest.approx(by_hand.nll, rel=1e-6)
+    assert found["eval/trained/nll_loss"] == pytest.approx(by_hand.nll, rel=1e-6)
 
 
 def test_stores_scored_one_by_one_have_the_numbers_of_one_store_and_those_by_hand(
