@@ -124,7 +124,7 @@ def test_what_cannot_run_is_refused_with_one_message_and_nothing_is_overwritten(
     (save / "metrics.jsonl").write_text(json.dumps({"iteration": 1}) + "\n")
     done = launch("--config", str(config_file()), "--save", str(save), *flags)
     assert done.returncode != 0
-    assert done.seconds < 60
+    assert done.seconds < 180  # on a busy machine; it does not wait for a time-out of the ranks
     output = "".join(done.outputs)
     assert "Traceback" not in output
     assert output.count("error: ") == 1, output

@@ -19,4 +19,4 @@ def test_the_architecture_page_lists_the_files_that_a_response_passes(pool: Rank
     assert re.findall(r"^\d+\. `([\w/]+\.py)`", trip, re.MULTILINE) == [name for name in way if name != STAND_IN]
     assert STAND_IN in way
     assert STAND_IN in rest
-    assert sorted(re.findall(r"`(run/[\w/]+\.py)` \(", rest)) == sorted(others)
+    assert sorted(re.findall(r"`((?:run|data)/[\w/]+\.py)` \(", rest)) == sorted(others)
