@@ -72,7 +72,7 @@ def write_json(file: Path, value: Mapping[str, Any], *, text: str | None = None)
 
     A form of our own without text, and where ``value`` lacks some of it: a model of another family has other fields.
     """
-    before = None if text is None else json.loads(text)
+    before: dict[str, Any] = {} if text is None else json.loads(text)
     if text is None or before.keys() - value.keys():
         file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return
