@@ -75,5 +75,5 @@ QWEN3_MOE = decoder_family(
         *("attention_bias", "sliding_window", "use_sliding_window", "moe_intermediate_size", "norm_topk_prob"),
         *("decoder_sparse_step", "mlp_only_layers", *MIXTURE_READS),
     ),
-    harmless=ALL_FULL | ROUTER_LOSS | {"max_window_layers": "Qwen3-MoE has one window in all layers"},
+    harmless={**ALL_FULL, **ROUTER_LOSS} | {"max_window_layers": "Qwen3-MoE has one window in all layers"},
 )
