@@ -114,6 +114,7 @@ DEFAULT = ("data cut short",)  # the messages themselves are the units', which s
 @pytest.mark.parametrize(
     "what", [pytest.param(what, marks=[] if what in DEFAULT else [pytest.mark.slow]) for what in REFUSALS]
 )
+@pytest.mark.costly
 def test_what_cannot_run_is_refused_with_one_message_and_nothing_is_overwritten(
     launch: Callable[..., Launch], config_file: ConfigFile, tiny_data, tmp_path: Path, what: str
 ):

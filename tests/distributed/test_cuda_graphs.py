@@ -89,6 +89,7 @@ def test_a_shape_beyond_the_limit_runs_uncaptured_and_says_so_once(pool: RankPoo
     assert lines == []
 
 
+@pytest.mark.costly
 def test_only_the_logger_rank_says_so(pool: RankPool):
     case = with_graphs(CASES["TP2 SP"], cuda_graph_shapes=1)
     assert [len(lines) for _, lines in pool.run(2, graph_case.result_and_notes, case)] == [1, 0]
@@ -139,6 +140,7 @@ NO_WARMUP = {"lr_warmup_iters": 0}
 LENGTHS = {**GRAPHS, "cuda_graph_length_multiple": 16}
 
 
+@pytest.mark.costly
 def test_a_whole_run_with_its_proofs_is_the_layers_own_bit_for_bit(
     pool: RankPool, config_file: ConfigFile, tmp_path: Path
 ):
@@ -156,6 +158,7 @@ def test_a_whole_run_with_its_proofs_is_the_layers_own_bit_for_bit(
     assert len(set(digests)) == 1
 
 
+@pytest.mark.costly
 def test_a_swapped_reference_is_scored_through_the_policys_graphs(
     pool: RankPool, config_file: ConfigFile, tiny_data: TinyData, tmp_path: Path
 ):

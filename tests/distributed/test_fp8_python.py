@@ -24,6 +24,7 @@ def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.mark.costly
 def test_casts_of_blocks_are_those_that_transformer_engine_reads(te_pool: TePool):
     """By rows and by columns, with edges that fill no block, as a weight and as activations."""
     for recipe in ("blockwise", "mxfp8"):
@@ -95,6 +96,7 @@ def check_contract(result: dict[str, Any], recipe: str) -> None:
     assert result["cosine"] > (0.999 if recipe == "delayed" else 0.97), result
 
 
+@pytest.mark.costly
 def test_delayed_scaling_left_to_itself_drifts(te_pool: TePool):
     result = te_pool.one("contract_without_holding", fp8("hybrid", "delayed"))
     assert max(result["drifts"]) > 1e-3, result
@@ -136,6 +138,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(
 @pytest.mark.parametrize(
     ("recipe", "kept"), [("delayed", True), ("tensorwise", False), slow("delayed", False), slow("tensorwise", True)]
 )
+@pytest.mark.costly
 def test_a_resumed_run_may_keep_its_weights_otherwise(te_pool: TePool, tmp_path: Path, recipe: str, kept: bool):
     """With its optimizer's state, bit by bit."""
     before, after = (
@@ -234,6 +237,7 @@ def test_a_stage_whose_layers_are_all_in_bf16_keeps_no_weights_in_fp8(te_pool: T
 
 
 @pytest.mark.parametrize("recipe", ["delayed", slow("tensorwise"), "blockwise"])
+@pytest.mark.costly
 def test_a_checkpoint_of_weights_kept_in_fp8_holds_what_they_were_rounded_from(
     te_pool: TePool, tmp_path: Path, recipe: str
 ):
@@ -276,6 +280,7 @@ def test_replicas_of_weights_kept_in_fp8_are_compared_bit_by_bit(te_pool: TePool
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.costly
 def test_a_reference_takes_the_place_of_weights_kept_in_fp8(te_pool: TePool, recipe: str):
     wanted, found = (te_pool.one("te_weights.swapped_steps", fp8("hybrid", recipe) | kept) for kept in ({}, IN_FP8))
     assert found == wanted

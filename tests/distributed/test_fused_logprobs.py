@@ -29,6 +29,7 @@ def interpreting() -> Iterator[RankPool]:
 
 @pytest.mark.parametrize(("num_ranks", "vocab_size"), [(1, 29), (2, 29), (2, 20)])
 @pytest.mark.parametrize(("scale", "dtype"), [(1.0, "float32"), (1e3, "float32"), (1.0, "bfloat16")])
+@pytest.mark.costly
 def test_kernels_and_plain_form_agree_in_values_and_gradients(
     interpreting: RankPool, num_ranks: int, vocab_size: int, scale: float, dtype: str
 ):

@@ -118,6 +118,7 @@ def test_a_gradient_that_is_not_the_losss_stops_the_run_before_an_update(
     assert read_metrics(save) == []
 
 
+@pytest.mark.costly
 def test_the_norm_counts_every_element_of_the_model_once(pool: RankPool, config_file: ConfigFile):
     """Norms under tensor parallelism, both ends of a tied embedding, replicas and shards of the optimizer."""
     norms = []

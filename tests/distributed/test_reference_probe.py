@@ -51,6 +51,7 @@ SHARDED = {"parallel": {"use_distributed_optimizer": True}, "training": {"train_
 
 @pytest.mark.acts("ObjectiveConfig.reference_probe_groups")
 @pytest.mark.parametrize("sections", [SHARDED, {"parallel": PP2}], ids=["dp2-sharded", "pp2"])
+@pytest.mark.costly
 def test_a_resumed_run_probes_the_reference_and_goes_on_bit_for_bit(
     pool: RankPool, argv_of, tmp_path: Path, sections: dict[str, Any]
 ):

@@ -67,6 +67,7 @@ def test_drift_between_the_passes_beyond_the_threshold_stops_the_run(
     assert not list(save.glob("iter_*"))
 
 
+@pytest.mark.costly
 def test_a_policy_with_the_references_weights_scores_zero_on_any_layout(
     pool: RankPool, config_file: ConfigFile, tiny_data, tmp_path: Path
 ):

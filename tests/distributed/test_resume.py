@@ -92,6 +92,7 @@ def test_resuming_on_the_same_layout_gives_the_same_bits(train, tmp_path: Path, 
         "sharded-TP2xDP2-PP2xDP2",
     ],
 )
+@pytest.mark.costly
 def test_resuming_on_another_layout_gives_the_same_losses(
     train, tmp_path: Path, first: tuple[int, Flags], second: tuple[int, Flags]
 ):

@@ -65,6 +65,7 @@ def test_the_unrelated_apex_is_not_taken_for_nvidias(import_folder: Path):
     assert "NVIDIA/apex" in finding.way_out
 
 
+@pytest.mark.costly
 def test_a_compiled_apex_is_seen_by_its_modules(import_folder: Path):
     (import_folder / "amp_C.py").write_text("")
     assert doctor._apex(run_probe("apex")).state == "absent"
