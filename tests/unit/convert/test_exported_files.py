@@ -135,7 +135,7 @@ def test_the_last_transformers_4_reads_what_is_saved(sentencepiece_model: Path, 
     script = (
         "import sys, json; from transformers import AutoTokenizer\n"
         "t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "chat = t.apply_chat_template([{'role': 'user', 'content': 'Q: 1'}], tokenize=True)\n"
+        "chat = t.apply_chat_template([{'role': 'user', 'content': 'Q: 1'}], tokenize=True, return_dict=False)\n"
         "print(json.dumps([t(sys.argv[2])['input_ids'], chat, sorted(t.all_special_ids)]))"
     )
     for folder in folders:
@@ -145,6 +145,7 @@ def test_the_last_transformers_4_reads_what_is_saved(sentencepiece_model: Path, 
         ]
         old, new = (json.loads(answer.stdout or "null") for answer in answers)
         assert old is not None, answers[0].stderr
+        assert new is not None, answers[1].stderr
         assert old[0] == new[0]
         assert old[2] == new[2]
         assert old[1][0] == 1
