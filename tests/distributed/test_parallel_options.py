@@ -78,7 +78,8 @@ HELD: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "experts, whole": ({}, MIXTURE, {"experts": 4 * 4}),
     "sharded": (SHARDED, {}, {"moments": 0.5, "moved": 1.0}),
     "gathered late": (SHARDED | OVERLAP | {"overlap_param_gather": True}, {}, {"moments": 0.5, "moved": 0.5}),
-    "overlap": (OVERLAP, {}, {"moments": 1.0, "buckets": 5}),
+    # From the last parameter on, a bucket is closed at 1000: two in each layer, and the embedding's.
+    "overlap": (OVERLAP, {}, {"moments": 1.0, "buckets": 2 * 4 + 1}),
     "time": ({"distributed_timeout_minutes": 3}, {}, {"timeout": timedelta(minutes=3)}),
 }
 

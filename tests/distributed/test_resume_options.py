@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rank_pool import RankPool
 from resumed_step import resume_on_rank
-from tiny_run import train_on_rank
+from tiny_run import TinyData, train_on_rank, write_reference
 
 # The rate of the third update: 8 groups of the 24 of the decay are consumed, 2 of 2 iterations of warm-up.
 PEAK, ROOT = 5e-3, ("--lr-decay-iters", "6")
@@ -99,8 +99,13 @@ def test_every_field_of_adam_and_the_schedule_holds_from_the_next_update_on(
     [(1, ("--bf16",)), (2, ("--expert-model-parallel-size", "2", "--use-distributed-optimizer"))],
     ids=["bf16", "experts"],
 )
-def test_another_rate_where_groups_lie_deeper(resumed: Callable[..., list[list]], num_ranks: int, flags: Sequence[str]):
+def test_another_rate_where_groups_lie_deeper(
+    resumed: Callable[..., list[list]], tiny_data: TinyData, tmp_path: Path, num_ranks: int, flags: Sequence[str]
+):
     """Master weights of bf16, and the optimizer that Megatron chains for experts."""
+    if "--bf16" in flags:
+        write_reference(tiny_data.store, tmp_path / "reference", precision="bf16")
+        flags = [*flags, "--reference-logprobs", str(tmp_path / "reference")]
     mixture = ("--num-moe-experts", "4", "--moe-ffn-hidden-size", "16") if num_ranks == 2 else ()
     changes = {change: SCHEDULE[change] for change in ((), ("--lr", "8e-3", "--min-lr", "4e-3"))}
     for own, (said, lr) in zip(resumed(num_ranks, [*flags, *mixture], list(changes)), changes.values(), strict=True):

@@ -177,6 +177,9 @@ def _load_into(folder: Path, chunks: Sequence[Any], optimizer: MegatronOptimizer
             wrong = [*found.unexpected_keys, *(key for key in found.missing_keys if not key.endswith(_EXTRA_STATE))]
             assert not wrong, f"the sharded state is not the module's: {wrong}"
     if optimizer is not None:
+        if "param_groups" in loaded["optimizer"]:
+            # SGD without momentum has no state, and an empty entry is not there after a load; Megatron looks for it.
+            loaded["optimizer"].setdefault("state", {})
         for group in _saved_groups(loaded["optimizer"]):
             group.update({name: options[0][name] for name in _SAME_IN_ALL_GROUPS})
         optimizer.load_state_dict(loaded["optimizer"])
