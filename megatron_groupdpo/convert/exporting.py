@@ -221,6 +221,9 @@ def _write_folder(
         write_json(folder / GENERATION_CONFIG, generation, text=text)
     if tokenizer is not None:
         tokenizer.write(folder)
+        if wrong := tokenizers.how_it_is_read(folder, tokenizer):
+            way_out = "read it with PreTrainedTokenizerFast.from_pretrained"
+            notes = (*notes, f"warning: AutoTokenizer of this transformers misreads the tokenizer ({wrong}); {way_out}")
     shapes = {name: shape for pair in plan.values() for name, shape in pair.hf.items()}
     total = sum(torch.Size(shape).numel() * dtypes.of(name).itemsize for name, shape in shapes.items())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,46 @@ def test_a_run_starts_from_a_hugging_face_folder_and_ends_with_one(
     assert AutoModelForCausalLM.from_pretrained(out)(torch.tensor([ids])).logits.isfinite().all()
 
 
+def test_a_run_exports_the_models_own_tokenizer_and_refuses_a_foreign_one(
+    pool: RankPool, flags: Callable[..., list[str]], start: Path, tiny_data: TinyData, tmp_path: Path
+):
+    """The store was made with the SentencePiece file; the model has it in files of another kind."""
+    import yaml
+    from transformers import AutoModelForCausalLM
+
+    from megatron_groupdpo.data.text.loading import load_tokenizer
+    from megatron_groupdpo.data.text.tokenizer import TokenizerOptions
+
+    vocab = json.loads((start / "config.json").read_text())["vocab_size"]
+    own = tmp_path / "own"
+    config = decoder("LlamaConfig", vocab_size=vocab, max_position_embeddings=128)
+    AutoModelForCausalLM.from_config(config).save_pretrained(own)
+    load_tokenizer(TokenizerOptions(kind="SentencePieceTokenizer", model=str(tiny_data.tokenizer))).save(own)
+    file = own / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"note": "the model's"}, indent=1))
+    (own / "generation_config.json").write_text('{"eos_token_id": 7}')
+    argv = flags("--load", str(own), "--save", str(tmp_path / "save"), "--export-hf", str(tmp_path / "out"))
+    (output,) = pool.run(1, output_on_rank, argv)
+    assert "eos_token_id [7] and the trained responses end with [2]" in output
+    assert (tmp_path / "out" / "generation_config.json").read_text() == '{"eos_token_id": [7, 2]}'
+    assert "has none; the data's" not in output
+    assert "misreads" not in output
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (own / name).read_bytes(), name
+    file.write_text(file.read_text().replace('"eos_token": "</s>"', '"eos_token": "<unk>"'))
+    refused = [pool.run(1, refusal_on_rank, flags("--load", str(own)))[0]]
+    resident = flags("--load", str(start), "--pretrained-checkpoint", str(own), "--reference", "resident")
+    config = yaml.safe_load(Path(resident[1]).read_text())
+    del config["objective"]["reference_logprobs"]
+    Path(resident[1]).write_text(yaml.safe_dump(config))
+    refused.append(pool.run(1, refusal_on_rank, resident)[0])
+    for kind, message in refused:
+        assert kind == "CheckpointError", message
+        assert "(eos_id 0 there, 2 here)" in message
+    output = pool.run(1, output_on_rank, flags("--load", str(start)))[0]
+    assert f"tokenizer   {start} has none; the data's, {tiny_data.tokenizer}, is taken to be its own" in output
+
+
 def test_a_run_resumes_from_its_own_checkpoint_not_from_the_folder_again(
     pool: RankPool, flags: Callable[..., list[str]], start: Path, tmp_path: Path
 ):
@@ -150,7 +191,7 @@ def failing_import_on_rank(source: Path, target: Path, limit: int) -> tuple[str,
 
 def test_a_disk_that_fails_one_rank_stops_all_and_leaves_nothing(pool: RankPool, start: Path, tmp_path: Path):
     for kind, message in pool.run(2, failing_import_on_rank, start, tmp_path / "made" / "it", 20_000):
-        assert kind == "CheckpointError"
+        assert kind == "CheckpointError", message
         assert "cannot be written" in message, message
     assert list((tmp_path / "made").iterdir()) == []
 
@@ -201,7 +242,7 @@ def test_an_export_that_fails_leaves_the_checkpoint_and_the_exit_says_so(
     out = tmp_path / "file" / "out"
     argv = flags("--load", str(start), "--save", str(tmp_path / "save"), "--export-hf", str(out), *TP2)
     for kind, message in pool.run(2, refusal_on_rank, [*argv, "--export-hf-interval", "1"]):
-        assert kind == "CheckpointError"
+        assert kind == "CheckpointError", message
         assert "checkpoints are whole, but 3 export(s) failed" in message
         assert str(out) in message
     assert (tmp_path / "save" / "latest_checkpointed_iteration.txt").read_text() == "2"

@@ -143,6 +143,19 @@ def where_it_is_now(recorded: Mapping[str, Any], folder: Path) -> dict[str, Any]
     return dict(recorded)
 
 
+def how_it_is_read(folder: Path, tokenizer: ModelTokenizer) -> str | None:
+    """Why AutoTokenizer does not make the tokenizer of a written folder; None where it does.
+
+    transformers 5 takes the class of some models (Qwen2) from their type, whatever tokenizer_config.json says.
+    """
+    options = TokenizerOptions(kind="HuggingFaceTokenizer", model=str(folder.resolve()))
+    try:
+        differ = differences(describe(load_tokenizer(options), options), describe(tokenizer.tokenizer, options))
+    except DataError as error:
+        differ = [str(error).replace(str(folder.resolve()), "it")]
+    return "; ".join(differ) or None
+
+
 def check_same(given: Mapping[str, Any], own: Mapping[str, Any] | None, whose: str, *, remedy: str) -> None:
     """Refuse a tokenizer whose ids mean something else to the model.
 
