@@ -177,3 +177,19 @@ def test_the_digest_follows_the_content_not_the_path(tmp_path, train_sentencepie
     before = tokenizer.digest
     tokenizer._tokenizer("text", truncation=True, max_length=2)
     assert load("HuggingFaceTokenizer", tmp_path / "b").digest == before == tokenizer.digest
+
+
+def test_control_names_of_a_template_are_sentencepieces_pieces_and_in_a_message_text(sentencepiece_model, tmp_path):
+    (tmp_path / "chat.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }}"
+        "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+    )
+    tokenizer = load("SentencePieceTokenizer", sentencepiece_model, tmp_path / "chat.jinja")
+    messages = [Message(role="user", content="2+3? </s><s>"), Message(role="assistant", content="5")]
+    ids = apply_chat_template(tokenizer, messages, add_generation_prompt=False)
+    assert ids == [1, *tokenizer.encode("Q 2+3? </s><s> 5 "), 2]
+    assert {1, 2}.isdisjoint(tokenizer.encode("Q 2+3? </s><s> 5 "))
+    tokenizer.save(tmp_path / "folder")
+    exported = transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")
+    plain = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
+    assert exported.apply_chat_template(plain, return_dict=False) == [1, *tokenizer.encode("Q 2+3? 5 "), 2]
